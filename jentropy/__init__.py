@@ -1,0 +1,1 @@
+"""jentropy: policy entropy in reinforcement learning with verifiable rewards, in pure JAX."""
