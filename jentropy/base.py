@@ -149,12 +149,14 @@ class Mechanism(NamedTuple):
       update: `(plan, state, signals, key) -> (plan, state)`. Sees the whole update batch. "key: consumed".
       outputs: what it needs scored, besides `LOG_PROB`.
       terms: the differentiable quantities whose coefficient `update` may raise.
+      min_updates: updates per rollout below which it has no effect; building an experiment with fewer warns.
     """
 
     init: Callable[[], State]
     update: Callable[[Plan, State, Signals, Array], tuple[Plan, State]]
     outputs: tuple[Output, ...] = ()
     terms: Mapping[str, Term] = {}
+    min_updates: int = 1
 
 
 class Estimator(NamedTuple):

@@ -82,6 +82,7 @@ def chain(**mechanisms: Mechanism) -> Mechanism:
         update=_ChainUpdate(names, tuple(m.update for m in mechanisms.values())),
         outputs=outputs,
         terms=_merge_terms(mechanisms),
+        min_updates=max((m.min_updates for m in mechanisms.values()), default=1),
     )
 
 

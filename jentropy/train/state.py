@@ -1,0 +1,79 @@
+"""All that a run carries from step to step, and that a checkpoint holds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from jentropy.base import Array, Objective, Policy, State
+from jentropy.train.optimizer import AdamW, make_optimizer
+from jentropy.train.sharding import param_shardings, replicated
+
+
+@struct.dataclass(kw_only=True)
+class TrainState:
+    """The state of a run between two rollouts.
+
+    Attributes:
+      step: int32 scalar, rollouts so far.
+      params: the policy's parameters.
+      opt_state: the optimizer's state, of the current stage.
+      mechanism_state: `{name: state}` of the chain, hyper-parameters included.
+      estimator_state: the estimator's state.
+      frozen: parameters without gradient by name, such as `reference`.
+      learners: states of second models by name.
+      decode_state: what the samplers read, updated once per rollout.
+      key: the run's key; never split, every draw folds (stage, step, row) into it.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    mechanism_state: State
+    estimator_state: State
+    frozen: Mapping[str, Any]
+    learners: Mapping[str, State]
+    decode_state: Mapping[str, Array]
+    key: Array
+
+
+def new_stage(params: Any, step: Array, key: Array, objective: Objective, optimizer: AdamW, reference: bool) -> TrainState:
+    """The state in which a stage starts: its own optimizer, mechanism and estimator state.
+
+    Args:
+      params: parameters the stage starts from.
+      step: int32 scalar, rollouts so far.
+      key: the run's key.
+      objective: the stage's method.
+      optimizer: the stage's optimizer.
+      reference: whether to keep the parameters as the frozen reference policy.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        opt_state = make_optimizer(optimizer).init(params)
+    return TrainState(
+        step=step,
+        params=params,
+        opt_state=opt_state,
+        mechanism_state=objective.mechanisms.init(),
+        estimator_state=objective.estimator.init(),
+        frozen={"reference": jax.tree.map(jnp.copy, params)} if reference else {},
+        learners={},
+        decode_state={},
+        key=key,
+    )
+
+
+def state_shardings(policy: Policy, mesh: Mesh, optimizer: AdamW, state: TrainState) -> TrainState:
+    """Shardings for `state` (arrays or shapes): parameters and what mirrors them by rule, the rest replicated."""
+    params = param_shardings(policy, mesh)
+    whole = replicated(mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        make_optimizer(optimizer), lambda _, sharding: sharding, state.opt_state, params,
+        transform_non_params=lambda _: whole,
+    )  # fmt: skip
+    shardings = jax.tree.map(lambda _: whole, state)
+    return shardings.replace(params=params, opt_state=opt_state, frozen={name: params for name in state.frozen})

@@ -1,0 +1,361 @@
+"""One training step: a whole rollout becomes advantages, plans, gradients and a new state.
+
+score -> estimate -> for every update: (score ->) plan -> summed gradients over micro-batches -> optimizer. Nothing
+here knows any method by name.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jentropy import stats
+from jentropy.base import (
+    ENTROPY,
+    LOG_PROB,
+    Array,
+    Metrics,
+    Normaliser,
+    Objective,
+    Output,
+    Plan,
+    Policy,
+    Quantities,
+    Rollouts,
+    Signals,
+    Surrogate,
+    Term,
+    initial_plan,
+)
+from jentropy.train.optimizer import AdamW, make_optimizer
+from jentropy.train.scoring import Scorer, from_micro, make_scorer, score_rows, to_micro
+from jentropy.train.sharding import constrain_rows
+from jentropy.train.state import TrainState
+
+Gradient: TypeAlias = tuple[Any, Array, Metrics]
+"""(gradient of the parameters, loss scalar, metrics)."""
+
+
+class StepSpec(NamedTuple):
+    """Everything about a step that is compiled into it; equal specs share one compilation.
+
+    Numbers of methods are not here: they are arrays in `TrainState.mechanism_state`.
+    """
+
+    policy: Policy
+    estimate: Callable[..., Any]
+    update: Callable[..., Any]
+    outputs: tuple[Output, ...]
+    terms: tuple[tuple[str, Term], ...]
+    surrogate: Surrogate
+    normaliser: Normaliser
+    temperature: float
+    optimizer: AdamW
+    reference: bool = False
+    num_minibatches: int = 1
+    num_epochs: int = 1
+    num_microbatches: int = 1
+
+    @property
+    def num_updates(self) -> int:
+        """Updates per rollout."""
+        return self.num_minibatches * self.num_epochs
+
+    @property
+    def scorer(self) -> Scorer:
+        """The forward pass of this step."""
+        return make_scorer(self.policy, self.outputs, self.temperature)
+
+
+def make_spec(
+    policy: Policy,
+    objective: Objective,
+    optimizer: AdamW,
+    *,
+    reference: bool = False,
+    num_minibatches: int = 1,
+    num_epochs: int = 1,
+    num_microbatches: int = 1,
+) -> StepSpec:
+    """The static description of a step from its parts; see `StepSpec`."""
+    outputs = tuple(dict.fromkeys((LOG_PROB, ENTROPY, *objective.mechanisms.outputs)))
+    return StepSpec(
+        policy=policy,
+        estimate=objective.estimator.estimate,
+        update=objective.mechanisms.update,
+        outputs=outputs,
+        terms=tuple(sorted(objective.mechanisms.terms.items())),
+        surrogate=objective.surrogate,
+        normaliser=objective.normaliser,
+        temperature=objective.temperature,
+        optimizer=optimizer,
+        reference=reference,
+        num_minibatches=num_minibatches,
+        num_epochs=num_epochs,
+        num_microbatches=num_microbatches,
+    )
+
+
+def select_valid(rows: Rollouts) -> Rollouts:
+    """The rows with every per-token number outside the loss mask set to 0: garbage there has no influence."""
+
+    def valid(x: Array) -> Array:
+        return jnp.where(rows.loss_mask, x, jnp.zeros((), x.dtype))
+
+    return rows.replace(
+        logp_sampler=valid(rows.logp_sampler),
+        logp_old=valid(rows.logp_old),
+        token_data={k: v if k == "temperature" else valid(v) for k, v in rows.token_data.items()},
+    )
+
+
+def plan_update(spec: StepSpec, state: Any, signals: Signals, advantage: Array, key: Array) -> tuple[Plan, Array, Any]:
+    """Runs the chain and the normaliser on one update batch.
+
+    Args:
+      spec: the step.
+      state: mechanism state.
+      signals: the update batch and its scores.
+      advantage: `[B, T]`.
+      key: consumed.
+
+    Returns:
+      The plan; the weight `[B, T]` of each token's surrogate; the new mechanism state.
+    """
+    plan, state = spec.update(initial_plan(signals.batch, advantage), state, signals, key)
+    normaliser = spec.normaliser(plan.counted, signals.batch)
+    weight = jnp.where(signals.batch.loss_mask, plan.pg_weight * normaliser, 0.0)
+    return plan, weight, state
+
+
+def loss(spec: StepSpec, q: Quantities, plan: Plan, weight: Array, rows: Rollouts, first: Array) -> tuple[Array, Metrics]:
+    """The loss of some rows: a sum over their tokens of `q` alone.
+
+    Args:
+      spec: the step.
+      q: `{output name: [b, T]}`, differentiable.
+      plan: these rows of the plan.
+      weight: `[b, T]`, from `plan_update`.
+      rows: these rows of the batch.
+      first: bool scalar: the parameters are still those of the rollout. Then the ratio's denominator is the current
+        score, so the ratio is exactly 1.
+
+    Returns:
+      The loss, nats or reward units summed; metrics as `(sum, count)`, without per-update ones.
+    """
+    old = jnp.where(first, jax.lax.stop_gradient(q["log_prob"]), rows.logp_old)
+    rows = rows.replace(logp_old=old)
+    per_token, metrics = spec.surrogate(q, plan, rows)
+    parts = {"pg": jnp.sum(weight * jnp.where(rows.loss_mask, per_token, 0.0))}
+    for name, term in spec.terms:
+        if name in plan.terms:
+            value = jnp.where(rows.loss_mask, term(q, plan, rows), 0.0)
+            parts[name] = jnp.sum(jnp.where(rows.loss_mask, plan.terms[name], 0.0) * value)
+    total = sum(parts.values(), jnp.zeros((), per_token.dtype))
+    losses = {f"actor/{name}_loss": (value, jnp.zeros_like(value)) for name, value in parts.items()}
+    return total, {**metrics, **losses}
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+Pullback: TypeAlias = Callable[[Callable[..., Any], Any], Gradient]
+
+
+def forward(spec: StepSpec, params: Any, frozen: Mapping[str, Any], rows: Rollouts) -> tuple[dict[str, Array], Pullback]:
+    """Scores the rows of an update, and returns how to get the gradient of a loss of those scores.
+
+    With one micro-batch plan and gradient share one forward pass; with several, all rows are scored first and the
+    gradient is summed over a second pass.
+    """
+    scorer, num = spec.scorer, spec.num_microbatches
+    if num == 1:
+        q, vjp = jax.vjp(lambda p: scorer(p, frozen, rows), params)
+
+        def pull(loss_of: Callable[..., Any], parts: Any) -> Gradient:
+            (value, metrics), cotangent = jax.value_and_grad(loss_of, has_aux=True)(q, parts)
+            return vjp(cotangent)[0], value, metrics
+
+        return jax.lax.stop_gradient(q), pull
+
+    def pull_micro(loss_of: Callable[..., Any], parts: Any) -> Gradient:
+        def of_params(p: Any, part: Any, part_rows: Rollouts) -> Any:
+            return loss_of(scorer(p, frozen, part_rows), part)
+
+        def one(xs: Any) -> Gradient:
+            (value, metrics), gradient = jax.value_and_grad(of_params, has_aux=True)(params, *xs)
+            return gradient, value, metrics
+
+        micro = to_micro((parts, rows), num)
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(lambda carry, xs: (_add(carry, one(xs)), None), zeros, micro)
+        return total
+
+    return score_rows(scorer, params, frozen, rows, num), pull_micro
+
+
+def _all_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _apply(spec: StepSpec, gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = make_optimizer(spec.optimizer).update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+
+class _Carry(NamedTuple):
+    params: Any
+    opt_state: Any
+    mechanism_state: Any
+
+
+Prepare: TypeAlias = Callable[[Rollouts, Quantities], tuple[Rollouts, Array, Any]]
+"""(rows, scores) -> (rows, advantage `[B, T]`, anything else it found)."""
+
+
+def _update(
+    spec: StepSpec, state: TrainState, carry: _Carry, rows: Rollouts, index: Array, key: Array, prepare: Prepare
+) -> tuple[_Carry, Metrics, Any]:
+    """One optimizer update; skipped, and counted, if a number is not finite or no token is valid."""
+    scores, pull = forward(spec, carry.params, state.frozen, rows)
+    first = index == 0
+    rows = rows.replace(logp_old=jnp.where(first, scores["log_prob"], rows.logp_old))
+    rows, advantage, found = prepare(rows, scores)
+    signals = Signals(batch=rows, scores=scores, step=state.step, update_index=index)
+    plan, weight, mechanism_state = plan_update(spec, carry.mechanism_state, signals, advantage, key)
+
+    def loss_of(q: Quantities, parts: Any) -> tuple[Array, Metrics]:
+        return loss(spec, q, *parts, first)
+
+    gradient, value, metrics = pull(loss_of, (plan.replace(metrics={}), weight, rows))
+    ok = _all_finite((value, gradient)) & jnp.any(rows.loss_mask)
+    params, opt_state = jax.lax.cond(
+        ok, lambda: _apply(spec, gradient, carry.opt_state, carry.params), lambda: (carry.params, carry.opt_state)
+    )
+    mechanism_state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), mechanism_state, carry.mechanism_state)
+    one = jnp.ones((), value.dtype)
+    metrics = {k: (s, one) if k.endswith("_loss") else (s, n) for k, (s, n) in metrics.items()}
+    metrics |= {**plan.metrics, "actor/loss": (value, one), "actor/grad_norm": (optax.tree.norm(gradient), one)}
+    metrics = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), metrics)
+    metrics["update/skipped"] = ((~ok).astype(value.dtype), one)
+    return _Carry(params, opt_state, mechanism_state), metrics, found
+
+
+def _minibatch_rows(group: Array, num_minibatches: int, num_epochs: int, num_groups: int, key: Array) -> Array:
+    """`[updates, rows]` int32 row indices: every epoch cuts all groups, whole and in a new order, into minibatches."""
+    by_group = jnp.argsort(group, stable=True).reshape((num_groups, -1))
+
+    def epoch(epoch_key: Array) -> Array:
+        return by_group[jax.random.permutation(epoch_key, num_groups)].reshape((num_minibatches, -1))
+
+    return jax.vmap(epoch)(jax.random.split(key, num_epochs)).reshape((num_minibatches * num_epochs, -1))
+
+
+def rollout_metrics(rows: Rollouts, scores: Quantities, advantage: Array) -> Metrics:
+    """What is known of a rollout before its updates, as `(sum, count)`.
+
+    `actor/entropy` is the mean over tokens of the full-vocabulary entropy at the sampling temperature (verl, TRL);
+    `entropy/sequence_mean` averages each response first (arXiv 2505.22617, the x axis of the law). `cov/mean` is the
+    token covariance of log-probability and advantage over the rollout.
+    """
+    mask, one = rows.loss_mask, jnp.ones((), advantage.dtype)
+    tokens, lengths = stats.masked_sum(mask.astype(advantage.dtype), mask), jnp.sum(mask, axis=1)
+    entropy = jnp.where(mask, scores["entropy"], 0.0)
+    nonempty = lengths > 0
+    per_row = jnp.sum(entropy, axis=1) / jnp.maximum(lengths, 1).astype(entropy.dtype)
+    mismatch = jnp.where(mask, jnp.abs(rows.logp_old - rows.logp_sampler), 0.0)
+    num_rows = jnp.sum(nonempty).astype(advantage.dtype)
+    valid = rows.row_data["is_valid"][:, None] if "is_valid" in rows.row_data else jnp.ones_like(rows.rewards, bool)
+    rewards = jnp.where(valid, rows.rewards, 0.0)
+    return {
+        "actor/entropy": (jnp.sum(entropy), tokens),
+        "entropy/sequence_mean": (jnp.sum(jnp.where(nonempty, per_row, 0.0)), num_rows),
+        "cov/mean": (stats.masked_covariance(scores["log_prob"], advantage, mask), one),
+        "sampler/logp_diff_max": (jnp.max(mismatch), one),
+        "sampler/logp_diff_mean": (jnp.sum(mismatch), tokens),
+        "critic/score/mean": (jnp.sum(rewards), jnp.sum(valid & jnp.ones_like(rewards, bool)).astype(rewards.dtype)),
+        "response_length/mean": (jnp.sum(lengths).astype(advantage.dtype), one * mask.shape[0]),
+        "response_length/max": (jnp.max(lengths).astype(advantage.dtype), one),
+        "response_length/min": (jnp.min(lengths).astype(advantage.dtype), one),
+    }
+
+
+def _estimate(spec: StepSpec, state: TrainState, rows: Rollouts, scores: Quantities) -> tuple[Rollouts, Array, Any]:
+    advantage, token_data, metrics, estimator_state = spec.estimate(rows, state.estimator_state)
+    rows = rows.replace(token_data={**rows.token_data, **token_data})
+    metrics = {**metrics, **rollout_metrics(rows, scores, advantage)}
+    return rows, advantage, (estimator_state, metrics)
+
+
+def _single(spec: StepSpec, state: TrainState, rows: Rollouts, key: Array) -> tuple[_Carry, Metrics, Any]:
+    """One update on the whole rollout: its own forward pass is the old-log-probability pass."""
+    carry = _Carry(state.params, state.opt_state, state.mechanism_state)
+    prepare = functools.partial(_estimate, spec, state)
+    carry, metrics, (estimator_state, found) = _update(spec, state, carry, rows, jnp.int32(0), key, prepare)
+    return carry, {**metrics, **found}, estimator_state
+
+
+def _several(
+    spec: StepSpec, state: TrainState, rows: Rollouts, key: Array, num_groups: int, mesh: Mesh
+) -> tuple[_Carry, Metrics, Any]:
+    """Several updates: the rollout is scored and estimated once, then cut into minibatches of whole groups."""
+    scores = score_rows(spec.scorer, state.params, state.frozen, rows, spec.num_microbatches)
+    rows, advantage, (estimator_state, found) = _estimate(
+        spec, state, rows.replace(logp_old=scores["log_prob"]), scores
+    )
+    cut_key, plan_key = jax.random.split(key)
+    indices = _minibatch_rows(rows.group, spec.num_minibatches, spec.num_epochs, num_groups, cut_key)
+
+    def body(carry: _Carry, xs: tuple[Array, Array]) -> tuple[_Carry, Metrics]:
+        index, chosen = xs
+        part, part_advantage = constrain_rows(jax.tree.map(lambda x: x[chosen], (rows, advantage)), mesh)
+        update_key = jax.random.fold_in(plan_key, index)
+        carry, metrics, _ = _update(
+            spec, state, carry, part, index, update_key, lambda r, _: (r, part_advantage, None)
+        )
+        return carry, metrics
+
+    start = _Carry(state.params, state.opt_state, state.mechanism_state)
+    carry, metrics = jax.lax.scan(body, start, (jnp.arange(spec.num_updates, dtype=jnp.int32), indices))
+    return carry, {**jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics), **found}, estimator_state
+
+
+def _with_reference(spec: StepSpec, state: TrainState, rows: Rollouts) -> Rollouts:
+    if not spec.reference:
+        return rows
+    scorer = make_scorer(spec.policy, (LOG_PROB,), spec.temperature)
+    scores = score_rows(scorer, state.frozen["reference"], {}, rows, spec.num_microbatches)
+    return rows.replace(token_data={**rows.token_data, "ref_log_prob": scores["log_prob"]})
+
+
+@functools.lru_cache
+def make_train_step(
+    spec: StepSpec, num_groups: int, mesh: Mesh
+) -> Callable[[TrainState, Rollouts], tuple[TrainState, Metrics]]:
+    """The jitted step: `(state, rollouts) -> (state, metrics)`; the state's buffers are donated.
+
+    Args:
+      spec: what to compile.
+      num_groups: groups in a rollout; each has the same number of rows.
+      mesh: devices; rows of the rollout are sharded over them.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, rollouts: Rollouts) -> tuple[TrainState, Metrics]:
+        rows = _with_reference(spec, state, select_valid(constrain_rows(rollouts, mesh)))
+        key = jax.random.fold_in(state.key, state.step)
+        if spec.num_updates == 1:
+            carry, metrics, estimator_state = _single(spec, state, rows, key)
+        else:
+            carry, metrics, estimator_state = _several(spec, state, rows, key, num_groups, mesh)
+        state = state.replace(**carry._asdict(), estimator_state=estimator_state, step=state.step + 1)
+        return state, metrics
+
+    return train_step
