@@ -1,0 +1,326 @@
+"""A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+The 0.1 M-parameter laptop policy and a 32 B one are two configs of this module. Suffixes name the axes of an array:
+B rows, T tokens read, C cache slots, D width, K key/value heads, G query heads per key/value head, H head size.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jentropy import base
+
+Array = jax.Array
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of the tokens read so far; axis 1 is the row in every leaf.
+
+    Attributes:
+      key: `[L, B, C, K, H]`.
+      value: `[L, B, C, K, H]`.
+    """
+
+    key: Array
+    value: Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """What defines a transformer; hashable, so equal configs share one compilation.
+
+    Attributes:
+      vocab_size: number of tokens, V.
+      width: size of the residual stream, D.
+      num_layers: number of blocks, L.
+      num_heads: number of query heads, a multiple of `num_kv_heads`.
+      num_kv_heads: number of key/value heads.
+      head_size: size of one head, even; independent of `width`.
+      mlp_width: inner size of the gated MLP.
+      rope_theta: base of the rotary wavelengths.
+      norm_epsilon: added to the mean square in RMSNorm.
+      tied: whether the output head is the embedding.
+      attention_bias: whether queries, keys and values have a bias (Qwen2); the output projection never has.
+      qk_norm: whether queries and keys pass an RMSNorm per head before the rotation (Qwen3).
+      sliding_window: number of tokens attended to, the current one included; None attends to all.
+      embedding_std: standard deviation of the embedding at initialisation.
+      remat: whether the backward pass recomputes each block instead of keeping its activations.
+      dtype: of the activations and the cache, `"float32"` or `"bfloat16"`. Parameters, norms, attention weights and
+        rotations are float32.
+      scan_unroll: blocks per iteration of the scan over layers; None unrolls all when there are at most 4, else none.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    mlp_width: int
+    rope_theta: float = 1e4
+    norm_epsilon: float = 1e-5
+    tied: bool = False
+    attention_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    embedding_std: float = 1.0
+    remat: bool = False
+    dtype: str = "float32"
+    scan_unroll: int | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_size", "mlp_width"):
+            base.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        heads = self.num_heads
+        base.require(heads % self.num_kv_heads == 0, "num_heads", heads, f"a multiple of {self.num_kv_heads}")
+        base.require(self.head_size % 2 == 0, "head_size", self.head_size, "even")
+        base.require(self.rope_theta > 0, "rope_theta", self.rope_theta, "positive")
+        base.require(self.norm_epsilon > 0, "norm_epsilon", self.norm_epsilon, "positive")
+        base.require(self.embedding_std > 0, "embedding_std", self.embedding_std, "positive")
+        base.require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "'float32' or 'bfloat16'")
+        for name in ("sliding_window", "scan_unroll"):
+            value = getattr(self, name)
+            base.require(value is None or value >= 1, name, value, "None or at least 1")
+
+    @property
+    def unroll(self) -> int:
+        """Blocks per iteration of the scan over layers."""
+        default = self.num_layers if self.num_layers <= 4 else 1
+        return min(self.scan_unroll or default, self.num_layers)
+
+
+def _fan_in(shape_in: tuple[int, ...], shape_out: tuple[int, ...]):
+    """Truncated normal of variance 1 / (product of the input axes)."""
+    return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=shape_in, out_axis=shape_out)
+
+
+def _logical(init, *names: str | None):
+    return nn.with_logical_partitioning(init, names)
+
+
+class RMSNorm(nn.Module):
+    """`scale · x / √(mean(x²) + ε)` over the last axis, in float32."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", _logical(nn.initializers.ones, None), (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.config.norm_epsilon)
+        return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every token's angles: `[B or 1, T, H / 2]` float32."""
+
+    cosine: Array
+    sine: Array
+
+
+def _rotation(position_BxT: Array, config: TransformerConfig) -> Rotation:
+    """Angles `position · θ^(-2i / H)`; arXiv 2104.09864, eq. 15, with the halves of a head paired as in Llama."""
+    half = config.head_size // 2
+    frequency = np.asarray(config.rope_theta ** (-np.arange(half) / half), np.float32)
+    angle = position_BxT.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def _rotate(x_BxTxNxH: Array, rotation: Rotation) -> Array:
+    cosine, sine = rotation.cosine[:, :, None, :], rotation.sine[:, :, None, :]
+    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(x_BxTxNxH.dtype)
+
+
+def _visible(query: Array, key: Array, window: int | None) -> Array:
+    """Whether a token at index `query` attends to index `key`, itself included; the two broadcast."""
+    causal = key <= query
+    return causal if window is None else causal & (key > query - window)
+
+
+def _attend(q_BxTxKxGxH: Array, k_BxTxKxH: Array, v_BxTxKxH: Array, window: int | None) -> Array:
+    """Causal attention of all tokens to all tokens: `[B, T, K, G, H]`."""
+    index = jnp.arange(k_BxTxKxH.shape[1], dtype=jnp.int32)
+    visible_TxT = _visible(index[:, None], index[None, :], window)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q_BxTxKxGxH, k_BxTxKxH, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(visible_TxT[None, None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BxTxKxH.dtype), v_BxTxKxH)
+
+
+def _attend_cached(q_BxKxGxH, k_BxKxH, v_BxKxH, cache: Cache, position_B: Array, window: int | None) -> Array:
+    """Attention of one new token per row to its cache and itself: `[B, K, G, H]`.
+
+    The new key and value are not in the cache yet, so the layers only read it and it is written once, after them.
+    """
+    index = jnp.arange(cache.key.shape[1], dtype=jnp.int32)[None, :]
+    position = position_B[:, None]
+    visible_BxC = _visible(position, index, window) & (index != position)
+    old = jnp.einsum("bkgh,bckh->bkgc", q_BxKxGxH, cache.key, preferred_element_type=jnp.float32)
+    old = jnp.where(visible_BxC[:, None, None, :], old, -jnp.inf)
+    new = jnp.einsum("bkgh,bkh->bkg", q_BxKxGxH, k_BxKxH, preferred_element_type=jnp.float32)[..., None]
+    weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(v_BxKxH.dtype)
+    mixed = jnp.einsum("bkgc,bckh->bkgh", weights[..., :-1], cache.value)
+    return mixed + weights[..., -1:] * v_BxKxH[:, :, None, :]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; returns the new keys and values beside the mix."""
+
+    config: TransformerConfig
+
+    def _project(self, name: str, axis: str, x_BxTxD: Array, num: int) -> Array:
+        config = self.config
+        shape = (config.width, num, config.head_size)
+        kernel = self.param(name, _logical(_fan_in((0,), (1, 2)), "embed", axis, "head"), shape)
+        out = jnp.einsum("btd,dnh->btnh", x_BxTxD, kernel.astype(x_BxTxD.dtype))
+        if config.attention_bias:
+            bias = self.param(f"{name}_bias", _logical(nn.initializers.zeros, axis, "head"), shape[1:])
+            out = out + bias.astype(out.dtype)[None, None]
+        return out
+
+    @nn.compact
+    def __call__(self, x_BxTxD, cache: Cache | None, position_B, rotation: Rotation) -> tuple[Array, Cache]:
+        config = self.config
+        q = self._project("query", "heads", x_BxTxD, config.num_heads)
+        k = self._project("key", "kv_heads", x_BxTxD, config.num_kv_heads)
+        v = self._project("value", "kv_heads", x_BxTxD, config.num_kv_heads)
+        if config.qk_norm:
+            q, k = RMSNorm(config, name="query_norm")(q), RMSNorm(config, name="key_norm")(k)
+        q, k = _rotate(q, rotation) * np.asarray(config.head_size**-0.5, q.dtype), _rotate(k, rotation)
+        q = q.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_size)
+        if cache is None:
+            mixed = _attend(q, k, v, config.sliding_window)
+        else:
+            mixed = _attend_cached(q[:, 0], k[:, 0], v[:, 0], cache, position_B, config.sliding_window)[:, None]
+        shape = (config.num_heads, config.head_size, config.width)
+        kernel = self.param("output", _logical(_fan_in((0, 1), (2,)), "heads", "head", "embed"), shape)
+        mixed = mixed.reshape(*mixed.shape[:2], *shape[:2])
+        return jnp.einsum("btnh,nhd->btd", mixed, kernel.astype(mixed.dtype)), Cache(k, v)
+
+
+class MLP(nn.Module):
+    """`(silu(x W_gate) · x W_up) W_down`; arXiv 2002.05202, eq. 5."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array) -> Array:
+        width, inner = self.config.width, self.config.mlp_width
+        into = _logical(_fan_in((0,), (1,)), "embed", "mlp")
+        gate = self.param("gate", into, (width, inner)).astype(x_BxTxD.dtype)
+        up = self.param("up", into, (width, inner)).astype(x_BxTxD.dtype)
+        down = self.param("down", _logical(_fan_in((0,), (1,)), "mlp", "embed"), (inner, width)).astype(x_BxTxD.dtype)
+        return (nn.silu(x_BxTxD @ gate) * (x_BxTxD @ up)) @ down
+
+
+class Block(nn.Module):
+    """One layer, in the form that `nn.scan` wants: (carry, layer's cache, ...) -> (carry, layer's new keys, values)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD, cache: Cache | None, position_B, rotation: Rotation) -> tuple[Array, Cache]:
+        config = self.config
+        x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", None, None))
+        normed = RMSNorm(config, name="attention_norm")(x_BxTxD)
+        mixed, new = Attention(config, name="attention")(normed, cache, position_B, rotation)
+        x_BxTxD = x_BxTxD + mixed
+        return x_BxTxD + MLP(config, name="mlp")(RMSNorm(config, name="mlp_norm")(x_BxTxD)), new
+
+
+class Transformer(nn.Module):
+    """Tokens in, hidden states after the final norm out, with the keys and values of the tokens read."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, tokens_BxT: Array, position_BxT: Array, cache: Cache | None = None) -> tuple[Array, Cache]:
+        config = self.config
+        shape = (config.vocab_size, config.width)
+        normal = nn.initializers.normal(config.embedding_std)
+        embedding = self.param("embedding", _logical(normal, "vocab", "embed"), shape)
+        if not config.tied:
+            self.param("head", _logical(_fan_in((1,), (0,)), "vocab", "embed"), shape)
+        # An unrolled scan is straight-line code: there the recomputation must be kept from being merged away.
+        block = nn.remat(Block, prevent_cse=config.unroll > 1) if config.remat else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+            unroll=config.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x = jnp.take(embedding, tokens_BxT, axis=0).astype(config.dtype)
+        x, new = layers(config, name="layers")(x, cache, position_BxT[:, 0], _rotation(position_BxT, config))
+        return RMSNorm(config, name="norm")(x), new
+
+
+def _write(cache: Array, new: Array, position_B: Array) -> Array:
+    """`[L, B, C, K, H]` cache with `new` `[L, B, 1, K, H]` at each row's own slot."""
+    here = jnp.arange(cache.shape[2], dtype=jnp.int32)[None, :] == position_B[:, None]
+    return jnp.where(here[None, :, :, None, None], new, cache)
+
+
+@functools.lru_cache(maxsize=64)
+def transformer(config: TransformerConfig) -> base.Policy:
+    """The policy of `config`; parameters are a nested dict of float32 arrays. Equal configs give the same policy.
+
+    Layers are stacked on a leading axis and scanned. `prefill` returns a `Cache`, whose leaves have the row on axis 1;
+    what it holds beyond a row's true length is never attended to, and is overwritten by `decode`.
+
+    Example:
+      >>> policy = transformer(LAPTOP)
+      >>> params = policy.init(jax.random.key(0))
+      >>> policy.hidden(params, jnp.zeros((2, 5), jnp.int32)).shape
+      (2, 5, 64)
+    """
+    module = Transformer(config)
+    one = jnp.zeros((1, 1), jnp.int32)
+
+    def boxed(key: Array) -> Any:
+        return module.init(key, one, one)["params"]
+
+    def read(params, tokens):
+        chex.assert_rank(tokens, 2)
+        position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        return module.apply({"params": params}, tokens, position)
+
+    def prefill(params, tokens, capacity):
+        room = capacity - tokens.shape[1]
+        base.require(room >= 0, "capacity", capacity, f"at least the {tokens.shape[1]} columns of the prompt")
+        hidden, cache = read(params, tokens)
+        return hidden, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), cache)
+
+    def decode(params, token, cache, position):
+        chex.assert_rank([token, position], 1)
+        hidden, new = module.apply({"params": params}, token[:, None], position[:, None], cache)
+        return hidden[:, 0], jax.tree.map(lambda x, y: _write(x, y, position), cache, new)
+
+    def logical_axes():
+        shapes = jax.eval_shape(boxed, jax.random.key(0))
+        return jax.tree.map(lambda box: box.names, shapes, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+    return base.Policy(
+        init=lambda key: nn.unbox(boxed(key)),
+        hidden=lambda params, tokens: read(params, tokens)[0],
+        unembed=lambda params: params["embedding" if config.tied else "head"],
+        prefill=prefill,
+        decode=decode,
+        logical_axes=logical_axes,
+        vocab_size=config.vocab_size,
+    )
+
+
+LAPTOP = TransformerConfig(
+    vocab_size=16, width=64, num_layers=2, num_heads=4, num_kv_heads=4, head_size=16, mlp_width=168
+)
+"""The policy of the embedded task: 99,648 parameters."""
