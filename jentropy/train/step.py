@@ -32,6 +32,7 @@ from jentropy.base import (
     initial_plan,
 )
 from jentropy.train.optimizer import AdamW, make_optimizer
+from jentropy.train.programs import UPDATES, stream
 from jentropy.train.scoring import Scorer, from_micro, make_scorer, score_rows, to_micro
 from jentropy.train.sharding import constrain_rows
 from jentropy.train.state import TrainState
@@ -350,7 +351,7 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, rollouts: Rollouts) -> tuple[TrainState, Metrics]:
         rows = _with_reference(spec, state, select_valid(constrain_rows(rollouts, mesh)))
-        key = jax.random.fold_in(state.key, state.step)
+        key = stream(state.key, UPDATES, state.step)
         if spec.num_updates == 1:
             carry, metrics, estimator_state = _single(spec, state, rows, key)
         else:

@@ -1,0 +1,143 @@
+"""Evaluation of a policy on fixed held-out prompts: reward, pass@k, entropy, length."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jentropy import evaluation
+from jentropy.base import Array, Policy, Rollouts
+from jentropy.data.source import Prompts
+from jentropy.data.task import Task
+from jentropy.rewards.base import TextReward, grade_text
+from jentropy.rollout.iid import RolloutSpec
+from jentropy.train.programs import EVALUATION, make_rollout
+from jentropy.train.sharding import replicated, row_sharding
+
+_CALLS = 1024
+"""Most calls of the sampler in one evaluation: the stride of its random streams."""
+
+
+def put_prompts(prompts: Prompts, mesh: Mesh) -> tuple[Array, Array, dict[str, Array]]:
+    """Tokens, lengths and fields of `prompts` on the devices, by rows."""
+    arrays = (prompts.tokens, prompts.length, dict(prompts.fields))
+    return jax.device_put(arrays, row_sharding(mesh))
+
+
+def grade_on_host(task: Task, rollouts: Rollouts, prompts: Prompts) -> Rollouts:
+    """Fills in the columns of text rewards; a row is valid if at least one reward function did not abstain."""
+    columns = [i for i, reward in enumerate(task.rewards) if isinstance(reward, TextReward)]
+    if not columns:
+        return rollouts
+    tokens, mask, rewards = jax.device_get((rollouts.tokens, rollouts.loss_mask, rollouts.rewards))
+    group_size = tokens.shape[0] // prompts.tokens.shape[0]
+    rewards, valid = np.array(rewards), np.zeros(rewards.shape, bool)
+    valid[:, [i for i in range(rewards.shape[1]) if i not in columns]] = True
+    prompt_text = [task.tokenizer.decode(row[:n]) for row, n in zip(prompts.tokens, prompts.length)]
+    texts = [text for text in prompt_text for _ in range(group_size)]
+    completions = [task.tokenizer.decode(row[keep]) for row, keep in zip(tokens, mask)]
+    fields = {name: np.repeat(value, group_size).tolist() for name, value in prompts.fields.items()}
+    for i in columns:
+        rewards[:, i], valid[:, i] = grade_text(task.rewards[i], texts, completions, fields)
+    sharding = rollouts.rewards.sharding
+    is_valid = jax.device_put(valid.any(axis=1), rollouts.row_data["is_valid"].sharding)
+    return rollouts.replace(
+        rewards=jax.device_put(rewards, sharding), row_data={**rollouts.row_data, "is_valid": is_valid}
+    )
+
+
+def total_reward(task: Task, rewards: np.ndarray) -> np.ndarray:
+    """The weighted sum `[B]` of reward columns `[B, R]`."""
+    return rewards @ np.array([reward.weight for reward in task.rewards], rewards.dtype)
+
+
+class Evaluator:
+    """Samples and scores a fixed set of prompts with one compiled program.
+
+    Args:
+      policy: the model.
+      task: its tokenizer and graders; correct means that the first reward function gives more than one half.
+      prompts: held-out prompts; their number is rounded down to whole batches.
+      num_samples: responses per prompt, n.
+      temperature: of sampling.
+      batch: prompts per call.
+      hard_from: difficulty from which prompts count as hard.
+      mesh: devices.
+    """
+
+    def __init__(
+        self, policy: Policy, task: Task, prompts: Prompts, *,
+        num_samples: int, temperature: float, batch: int, hard_from: int, mesh: Mesh,
+    ) -> None:  # fmt: skip
+        self._calls = len(prompts.length) // batch
+        if not 1 <= self._calls <= _CALLS:
+            raise ValueError(f"{len(prompts.length)} prompts are not 1 to {_CALLS} batches of eval_batch = {batch}")
+        self._task, self._prompts, self._batch, self._mesh = task, prompts, batch, mesh
+        self._policy, self._num_samples, self._hard_from = policy, num_samples, hard_from
+        self._temperature = temperature
+
+    def _spec(self, greedy: bool) -> RolloutSpec:
+        task = self._task
+        return RolloutSpec(
+            1 if greedy else self._num_samples, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
+            self._temperature, task.rewards, greedy,
+        )  # fmt: skip
+
+    def _sample(self, params: Any, key: Array, step: int, greedy: bool) -> tuple[np.ndarray, ...]:
+        """Rewards, entropy sums, lengths and truncation, `[P, n]` each."""
+        rollout = make_rollout(self._policy, self._spec(greedy), EVALUATION, self._mesh)
+        found = []
+        for call in range(self._calls):
+            part = Prompts(*jax.tree.map(lambda x: x[call * self._batch : (call + 1) * self._batch], self._prompts))
+            index = jax.device_put(np.uint32(step * _CALLS + call), replicated(self._mesh))
+            rows, entropy = rollout(params, key, index, *put_prompts(part, self._mesh))
+            rows = grade_on_host(self._task, rows, part)
+            mask, rewards, entropy, truncated = jax.device_get(
+                (rows.loss_mask, rows.rewards, entropy, rows.row_data["truncated"])
+            )
+            correct = rewards[:, 0] > 0.5
+            total = total_reward(self._task, rewards)
+            found.append((total, correct, np.where(mask, entropy, 0).sum(1), mask.sum(1), truncated))
+        return tuple(np.concatenate(column).reshape(self._calls * self._batch, -1) for column in zip(*found))
+
+    def __call__(self, params: Any, key: Array, step: int, *, greedy: bool = False) -> dict[str, float]:
+        """Metrics of the policy at `step`, all under `val/`.
+
+        Returns:
+          `val/reward/mean@n` (all, hard, and by difficulty), `val/pass@k` for k = 1, 2, 4 ... n (unbiased), their 95 %
+          bootstrap intervals over prompts, `val/entropy` (mean over sampled tokens, nats), lengths; with `greedy`
+          also `val/reward/greedy`.
+        """
+        total, correct, entropy, lengths, truncated = self._sample(params, key, step, False)
+        n = self._num_samples
+        level = self._prompts.fields[self._task.difficulty_field][: len(total)]
+        metrics = {
+            f"val/reward/mean@{n}": float(total.mean()),
+            "val/entropy": float(entropy.sum() / max(lengths.sum(), 1)),
+            "val/response_length/mean": float(lengths.mean()),
+            "val/truncated": float(truncated.mean()),
+            "val/num_prompts": len(total),
+        }
+        for value in np.unique(level):
+            metrics[f"val/reward/difficulty={value}"] = float(total[level == value].mean())
+        if (level >= self._hard_from).any():
+            metrics[f"val/reward_hard/mean@{n}"] = float(total[level >= self._hard_from].mean())
+        metrics |= self._intervals(total.mean(1), correct.sum(1))
+        if greedy:
+            best = self._sample(params, key, step, True)[0]
+            metrics["val/reward/greedy"] = float(best.mean())
+        return metrics
+
+    def _intervals(self, reward: np.ndarray, num_correct: np.ndarray) -> Mapping[str, float]:
+        n = self._num_samples
+        low, high = evaluation.bootstrap_interval(reward, seed=0)
+        found = {f"val/reward/mean@{n}/low": low, f"val/reward/mean@{n}/high": high}
+        for k in [2**i for i in range(n.bit_length())]:
+            if k <= n:
+                per_prompt = np.array([evaluation.pass_at_k(n, int(c), k) for c in num_correct])
+                low, high = evaluation.bootstrap_interval(per_prompt, seed=0)
+                found |= {f"val/pass@{k}": float(per_prompt.mean())}
+                found |= {f"val/pass@{k}/low": low, f"val/pass@{k}/high": high}
+        return found

@@ -1,0 +1,179 @@
+"""What a run is: a task, a policy and a list of stages. Plain frozen dataclasses, built by a config file."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from jentropy.base import Objective, require
+from jentropy.data.task import Task
+from jentropy.policy.transformer import TransformerConfig
+from jentropy.train.optimizer import AdamW
+from jentropy.train.sharding import MeshShape, check_rows, make_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supervised:
+    """A stage of supervised learning on demonstrations: a warm start.
+
+    Attributes:
+      name: of the stage, in metrics and plots.
+      steps: optimizer steps.
+      batch_size: demonstrations per step.
+      mixture: weight of each split of the task (for the embedded task: share of each number of digits).
+      optimizer: its optimizer.
+      options: further arguments of `task.demonstrations`.
+      seed: of initialisation (if it is the first stage) and data order; the run's own seed does not enter, so runs
+        share warm starts.
+    """
+
+    name: str = "warm_start"
+    steps: int
+    batch_size: int = 256
+    mixture: Mapping[int, float]
+    optimizer: AdamW = dataclasses.field(default_factory=AdamW)
+    options: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "at least 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reinforce:
+    """A stage of reinforcement learning on one distribution of prompts.
+
+    Optimizer, mechanisms and estimator start anew with the stage.
+
+    Attributes:
+      name: of the stage, in metrics and plots.
+      steps: rollouts.
+      objective: the method.
+      mixture: weight of each split of the task.
+      num_prompts: prompts per rollout.
+      num_generations: responses per prompt, the group size.
+      optimizer: its optimizer.
+      num_minibatches, num_epochs: updates per rollout are their product; minibatches are made of whole groups.
+      num_microbatches: parts in which an update is computed; changes memory, not results.
+      reference: keep the parameters at the start of the stage as the frozen reference policy.
+    """
+
+    name: str = "rl"
+    steps: int
+    objective: Objective
+    mixture: Mapping[int, float]
+    num_prompts: int = 32
+    num_generations: int = 8
+    optimizer: AdamW = dataclasses.field(default_factory=AdamW)
+    num_minibatches: int = 2
+    num_epochs: int = 2
+    num_microbatches: int = 1
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_prompts", "num_minibatches", "num_epochs", "num_microbatches"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        least = self.objective.estimator.min_group_size
+        require(self.num_generations >= least, "num_generations", self.num_generations, f"at least {least} here")
+        require(
+            self.num_prompts % self.num_minibatches == 0,
+            "num_prompts",
+            self.num_prompts,
+            f"a multiple of num_minibatches = {self.num_minibatches}",
+        )
+        rows = self.num_prompts * self.num_generations // self.num_minibatches
+        require(
+            rows % self.num_microbatches == 0,
+            "num_microbatches",
+            self.num_microbatches,
+            f"a divisor of the {rows} rows of an update",
+        )
+        require(self.objective.temperature > 0, "temperature", self.objective.temperature, "positive")
+        updates, wanted = self.num_minibatches * self.num_epochs, self.objective.mechanisms.min_updates
+        if updates < wanted:
+            warnings.warn(
+                f"stage {self.name!r}: a mechanism has no effect with fewer than {wanted} updates per rollout, and "
+                f"num_minibatches * num_epochs = {updates}",
+                stacklevel=2,
+            )
+
+
+Stage: TypeAlias = Supervised | Reinforce
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Evaluation on held-out prompts, always the same ones.
+
+    Attributes:
+      mixture: weight of each split of the task.
+      every: rollouts between evaluations; the first and last rollout of every stage are evaluated besides.
+      num_prompts: held-out prompts of an evaluation along the way.
+      final_num_prompts: held-out prompts of the evaluation at the end of the run, which also decodes greedily.
+      num_samples: responses per prompt; pass@k is reported for k up to it.
+      hard_from: prompts whose difficulty is at least this are reported apart as well.
+    """
+
+    mixture: Mapping[int, float]
+    every: int = 10
+    num_prompts: int = 128
+    final_num_prompts: int = 512
+    num_samples: int = 8
+    hard_from: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_prompts", "final_num_prompts", "num_samples"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run.
+
+    Attributes:
+      name: letters, digits, dot, dash, underscore.
+      task: data, tokenizer and graders.
+      policy: the model's shape.
+      stages: in order.
+      evaluation: how the policy is evaluated.
+      seed: of reinforcement learning: prompts, samples, updates.
+      mesh: devices per axis.
+      checkpoint_every: rollouts between checkpoints; the end of every stage is kept besides.
+      sampler_tolerance: largest difference, nats, between the sampler's and the trainer's log-probabilities at the
+        start of a stage; more is an error.
+      eval_batch: prompts per call of the evaluation's sampler.
+    """
+
+    name: str
+    task: Task
+    policy: TransformerConfig
+    stages: tuple[Stage, ...]
+    evaluation: Evaluation
+    seed: int = 0
+    mesh: MeshShape = dataclasses.field(default_factory=MeshShape)
+    checkpoint_every: int = 100
+    sampler_tolerance: float = 1e-5
+    eval_batch: int = 32
+
+    def __post_init__(self) -> None:
+        require(bool(self.stages), "stages", self.stages, "at least one stage")
+        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
+        require(self.sampler_tolerance > 0, "sampler_tolerance", self.sampler_tolerance, "positive")
+        require(self.eval_batch >= 1, "eval_batch", self.eval_batch, "at least 1")
+        names = [stage.name for stage in self.stages]
+        require(len(set(names)) == len(names), "stages", names, "of different names")
+        vocab = self.task.tokenizer.vocab_size
+        require(self.policy.vocab_size >= vocab, "policy.vocab_size", self.policy.vocab_size, f"at least {vocab}")
+
+    def check_mesh(self) -> None:
+        """Raises `ValueError` if the mesh does not divide the rows of a rollout, an update or an evaluation."""
+        mesh = make_mesh(self.mesh)
+        check_rows(mesh, self.eval_batch, "eval_batch")
+        for stage in self.stages:
+            if isinstance(stage, Supervised):
+                check_rows(mesh, stage.batch_size, f"{stage.name}.batch_size")
+            else:
+                check_rows(mesh, stage.num_prompts, f"{stage.name}.num_prompts")
+                rows = stage.num_prompts * stage.num_generations // stage.num_minibatches // stage.num_microbatches
+                check_rows(mesh, rows, f"{stage.name}: a micro-batch")
