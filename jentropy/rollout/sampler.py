@@ -1,0 +1,149 @@
+"""Sampling groups of responses with a cache: one prefill per prompt, one decoding step per token."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jentropy import base, features
+
+Array = jax.Array
+
+
+class Samples(NamedTuple):
+    """Sampled responses; row `p · num_generations + g` is generation g of prompt p. N = `max_new_tokens`.
+
+    Attributes:
+      tokens: `[B, T]` int32, T = prompt columns + N; prompt and response contiguous, then `pad_id`.
+      log_prob: `[B, T]` float32, of each response token under softmax(logits / temperature), nats; 0 elsewhere.
+      entropy: `[B, T]` float32, of the distribution each response token was drawn from, nats; 0 elsewhere.
+      response_mask: `[B, T]` bool, response tokens, the end-of-sequence token included.
+      num_tokens: `[B]` int32, response tokens per row, between 1 and N.
+      truncated: `[B]` bool, whether the row had N tokens without an end-of-sequence token.
+    """
+
+    tokens: Array
+    log_prob: Array
+    entropy: Array
+    response_mask: Array
+    num_tokens: Array
+    truncated: Array
+
+
+class _Draw(NamedTuple):
+    """One token per row, or N of them: `[B]` or `[N, B]` each."""
+
+    token: Array
+    log_prob: Array
+    entropy: Array
+
+
+class _Loop(NamedTuple):
+    """State of the decoding loop: tokens written so far, the rows that have ended, the policy's cache."""
+
+    step: Array
+    ended: Array
+    num_tokens: Array
+    drawn: _Draw
+    cache: Any
+
+
+def _gumbel(row_key: Array, step: Array, size: int) -> Array:
+    """`[B, V]` Gumbel noise, one-dimensional per row, from `fold_in(row key, step)`."""
+    return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), (size,), jnp.float32))(row_key)
+
+
+def _repeat(x: Array, num: int, axis: int) -> Array:
+    """Every entry along `axis` `num` times in a row."""
+    return jnp.repeat(x, num, axis=axis, total_repeat_length=x.shape[axis] * num)
+
+
+def _layout(prompts: Array, length: Array, drawn: _Draw, num_tokens: Array, pad_id: int) -> tuple[Array, ...]:
+    """Joins prompts `[B, P]` and drawn `[N, B]`: tokens, log_prob, entropy and response mask, all `[B, P + N]`."""
+    num_new = drawn.token.shape[0]
+    prompts = jnp.pad(prompts, ((0, 0), (0, num_new)))
+    column = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
+    index = column - length[:, None]
+    in_response = (index >= 0) & (index < num_tokens[:, None])
+    token, log_prob, entropy = (jnp.take_along_axis(x.T, jnp.clip(index, 0, num_new - 1), axis=1) for x in drawn)
+    tokens = jnp.where(in_response, token, jnp.where(index < 0, prompts, pad_id))
+    return tokens, jnp.where(in_response, log_prob, 0.0), jnp.where(in_response, entropy, 0.0), in_response
+
+
+def sample(
+    policy: base.Policy,
+    params: Any,
+    prompts: Array,
+    length: Array,
+    row_id: Array,
+    key: Array,
+    *,
+    num_generations: int,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    temperature: Array | float,
+    vocab_mask: Array | None = None,
+    greedy: bool = False,
+) -> Samples:
+    """Draws `num_generations` responses to every prompt; pure and without jit: the caller compiles it.
+
+    Token j of a row is `argmax(logits / temperature + Gumbel noise)` with the noise of
+    `fold_in(fold_in(key, row_id), j)`, one-dimensional over the vocabulary, so neither the order of the rows nor
+    padding changes a draw. The loop ends when every row has ended. B = P · `num_generations`.
+
+    Args:
+      policy: leaves of its cache have the row on axis 1.
+      params: the policy's parameters.
+      prompts: `[P, columns]` int32, right padded.
+      length: `[P]` int32, tokens of each prompt, at least 1.
+      row_id: `[B]` int32, unique in the rollout.
+      key: consumed.
+      num_generations: responses per prompt.
+      max_new_tokens: response tokens a row may have, N.
+      eos_id: the token that ends a response; may come first.
+      pad_id: fills the columns after a response; a valid token.
+      temperature: positive float32 scalar, traced.
+      vocab_mask: optional `[V]` bool, tokens that may be drawn.
+      greedy: takes the most probable token instead; log-probabilities are still at `temperature`.
+
+    Returns:
+      The `Samples`.
+    """
+    chex.assert_rank([prompts, length, row_id], [2, 1, 1])
+    base.require(num_generations >= 1, "num_generations", num_generations, "at least 1")
+    base.require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    for name, token in (("eos_id", eos_id), ("pad_id", pad_id)):
+        base.require(0 <= token < policy.vocab_size, name, token, f"in [0, {policy.vocab_size})")
+    chex.assert_shape(row_id, (prompts.shape[0] * num_generations,))
+    temperature = jnp.asarray(temperature, jnp.float32)
+    unembed = policy.unembed(params)
+    row_key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_id)
+
+    def draw(hidden: Array, step: Array) -> _Draw:
+        logits = jnp.einsum("bd,vd->bv", hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        score = logits if greedy else logits / temperature + _gumbel(row_key, step, policy.vocab_size)
+        score = score if vocab_mask is None else jnp.where(vocab_mask[None, :], score, -jnp.inf)
+        token = jnp.argmax(score, axis=-1).astype(jnp.int32)
+        log_prob = features.log_prob(logits, token, temperature=temperature, vocab_mask=vocab_mask)
+        return _Draw(token, log_prob, features.entropy(logits, temperature=temperature, vocab_mask=vocab_mask))
+
+    def advance(state: _Loop) -> _Loop:
+        token = jax.lax.dynamic_index_in_dim(state.drawn.token, state.step - 1, keepdims=False)
+        hidden, cache = policy.decode(params, token, state.cache, row_length + state.step - 1)
+        new = draw(hidden, state.step)
+        drawn = jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, state.step, 0), state.drawn, new)
+        num_tokens = jnp.where(state.ended, state.num_tokens, state.step + 1)
+        return _Loop(state.step + 1, state.ended | (new.token == eos_id), num_tokens, drawn, cache)
+
+    hidden, cache = policy.prefill(params, prompts, prompts.shape[1] + max_new_tokens)
+    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+    cache = jax.tree.map(lambda x: _repeat(x, num_generations, 1), cache)
+    row_length = _repeat(length, num_generations, 0)
+    first = draw(_repeat(last, num_generations, 0), jnp.int32(0))
+    drawn = jax.tree.map(lambda x: jnp.pad(x[None], ((0, max_new_tokens - 1), (0, 0))), first)
+    start = _Loop(jnp.int32(1), first.token == eos_id, jnp.ones_like(row_length), drawn, cache)
+    end = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~jnp.all(s.ended), advance, start)
+    laid_out = _layout(_repeat(prompts, num_generations, 0), row_length, end.drawn, end.num_tokens, pad_id)
+    return Samples(*laid_out, num_tokens=end.num_tokens, truncated=~end.ended)
