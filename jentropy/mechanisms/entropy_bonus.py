@@ -32,10 +32,8 @@ class _Update:
         batch = signals.batch
         weight = self.normaliser(batch.loss_mask, batch)
         coefficient = state.entropy_coef.astype(weight.dtype)
-        bonus = jnp.where(batch.loss_mask, signals.scores["entropy"], 0.0) * weight
-        one = jnp.ones_like(coefficient)
         plan = plan.raise_term("entropy", -coefficient * weight)
-        return plan.report(actor__entropy_coef=(coefficient, one), actor__entropy_loss=(jnp.sum(bonus), one)), state
+        return plan.report(actor__entropy_coef=(coefficient, jnp.ones_like(coefficient))), state
 
 
 def entropy_bonus(*, entropy_coef: float = 0.0, normaliser: Normaliser = _token_mean) -> Mechanism:
@@ -46,18 +44,18 @@ def entropy_bonus(*, entropy_coef: float = 0.0, normaliser: Normaliser = _token_
     the number of all.) Known as `entropy_coef` (TRL), `entropy_coeff` (verl).
 
     Args:
-      entropy_coef: α, at least 0; 0 is the identity.
+      entropy_coef: α, finite and at least 0; 0 is the identity.
       normaliser: how H is averaged; verl uses that of the policy loss.
 
     Raises:
-      ValueError: the coefficient is negative.
+      ValueError: the coefficient is negative or not finite.
 
     Reference: 1602.01783, section 4.
 
     >>> entropy_bonus(entropy_coef=0.001).update == entropy_bonus().update
     True
     """
-    require(entropy_coef >= 0.0, "entropy_coef", entropy_coef, "at least 0")
+    require(0.0 <= entropy_coef < float("inf"), "entropy_coef", entropy_coef, "finite and at least 0")
     return Mechanism(
         init=lambda: EntropyBonusState(hyper(entropy_coef)),
         update=_Update(normaliser),

@@ -101,7 +101,7 @@ def kl_cov(
 
     Args:
       kl_cov_ratio: fraction of response tokens, in [0, 1]. The authors' `k_percent` is in percent: 0.2 (7B) is 2e-3.
-      ppo_kl_coef: β, at least 0. verl's config has 0.1, its function and the authors' scripts 1.
+      ppo_kl_coef: β, finite and at least 0. verl's config has 0.1, its function and the authors' scripts 1.
       estimator: `"abs"` or `"k3"`.
       keep_clip: leave the bounds of the ratio as they are.
       normaliser: that of the policy loss: the penalty is added to the token's loss before it is averaged. It is applied
@@ -116,7 +116,7 @@ def kl_cov(
     True
     """
     require(0.0 <= kl_cov_ratio <= 1.0, "kl_cov_ratio", kl_cov_ratio, "in [0, 1]")
-    require(ppo_kl_coef >= 0.0, "ppo_kl_coef", ppo_kl_coef, "at least 0")
+    require(0.0 <= ppo_kl_coef < float("inf"), "ppo_kl_coef", ppo_kl_coef, "finite and at least 0")
     require(estimator in _TERMS, "estimator", estimator, f"one of {sorted(_TERMS)}")
     term = f"{estimator}_log_ratio"
 
