@@ -1,9 +1,9 @@
 """Statistics over the tokens and rows of a batch, all written as sums, counts, minima and maxima.
 
 So they are equal under any sharding, padding and order of rows (float sums up to rounding), and no tokens are sorted,
-gathered or communicated. Every array comes with its bool mask; entries outside
-the mask are selected away before any arithmetic, so they may hold anything, NaN included. An empty mask gives 0,
-False or nothing selected. Values under the mask may be infinite; NaN there has no defined order.
+gathered or communicated. Every array comes with its bool mask; entries outside the mask are selected away before any
+arithmetic, so they may hold anything, NaN included. An empty mask gives 0, or nothing selected. Values under the mask
+may be infinite; NaN there has no defined order.
 
 Order statistics find the bits of an order-preserving unsigned integer key one by one, from the highest down, by
 counting the entries below a candidate. They and everything selected by them carry no gradient.
