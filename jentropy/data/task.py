@@ -1,0 +1,113 @@
+"""A task is a dataset, a tokenizer and its graders."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from jentropy import base
+from jentropy.data import chain_sum
+from jentropy.data.source import DemonstrationSource, MixtureSource
+from jentropy.data.tokenizer import CharTokenizer
+from jentropy.rewards import chain_sum as chain_sum_rewards
+from jentropy.rewards.base import Reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What an experiment needs to know of a task; hashable.
+
+    Attributes:
+      name: what reports call it.
+      tokenizer: text to tokens and back.
+      prompt_columns: L, columns of the prompt bucket.
+      max_new_tokens: longest response.
+      rewards: the graders, one reward column each.
+      difficulty_field: the prompt field by which reports and mixtures group.
+      difficulties: its values; the splits of each are named `train_<value>` and `heldout_<value>`.
+      split_arrays: `(config, split, data_dir) -> {feature: [N, ...]}`, configs "prompts" and "demonstrations".
+      data_dir: folder of the datasets; None for `storage.default_data_dir()`.
+    """
+
+    name: str
+    tokenizer: CharTokenizer
+    prompt_columns: int
+    max_new_tokens: int
+    rewards: tuple[Reward, ...]
+    difficulty_field: str
+    difficulties: tuple[int, ...]
+    split_arrays: Callable[[str, str, str | None], dict[str, np.ndarray]]
+    data_dir: str | None = None
+
+    def prompts(self, split_prefix: str, weights: Mapping[int, float]) -> MixtureSource:
+        """Prompts of the "train" or "heldout" splits.
+
+        Args:
+          split_prefix: "train" or "heldout".
+          weights: unnormalised probability by difficulty.
+
+        Raises:
+          ValueError: unknown prefix, bad weights, an empty split, or a prompt longer than `prompt_columns`.
+        """
+        base.require(split_prefix in ("train", "heldout"), "split_prefix", split_prefix, "'train' or 'heldout'")
+        return MixtureSource(self._splits("prompts", split_prefix), weights)
+
+    def demonstrations(self, weights: Mapping[int, float], strategy_prior: float = 0.5) -> DemonstrationSource:
+        """Supervised rows of the "train" splits, `prompt_columns + max_new_tokens` columns.
+
+        Args:
+          weights: unnormalised probability by difficulty.
+          strategy_prior: probability of the step-by-step strategy that the warm start shall learn.
+        """
+        return DemonstrationSource(self._splits("demonstrations", "train"), weights, strategy_prior=strategy_prior)
+
+    def _splits(self, config: str, prefix: str) -> dict[int, dict[str, np.ndarray]]:
+        splits = {}
+        for difficulty in self.difficulties:
+            arrays = self.split_arrays(config, f"{prefix}_{difficulty}", self.data_dir)
+            splits[difficulty] = arrays | {"prompt": self._fit(arrays["prompt"])}
+        return splits
+
+    def _fit(self, prompt: np.ndarray) -> np.ndarray:
+        """Pads prompts `[N, L]` on the right to the bucket."""
+        missing = self.prompt_columns - prompt.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"a prompt of {prompt.shape[1]} tokens does not fit the bucket of {self.prompt_columns} tokens "
+                f"(prompt_columns of task {self.name!r})"
+            )
+        return np.pad(prompt, ((0, 0), (0, missing)), constant_values=self.tokenizer.pad_id)
+
+
+def easy_mixture(easy: float) -> dict[int, float]:
+    """Weights of chained addition by number of digits: n = 2 has probability `easy`, n = 3..6 share the rest.
+
+    >>> easy_mixture(0.2)
+    {2: 0.2, 3: 0.2, 4: 0.2, 5: 0.2, 6: 0.2}
+    """
+    base.require(0 <= easy <= 1, "easy", easy, "in [0, 1]")
+    hard = chain_sum.NUM_DIGITS[1:]
+    return {2: easy} | {n: (1 - easy) / len(hard) for n in hard}
+
+
+def chain_sum_task(*, data_dir: str | os.PathLike | None = None, reward: str = "device") -> Task:
+    """Chained addition with two strategies; see `data/chain_sum.py`.
+
+    Args:
+      data_dir: folder of the datasets; None for `storage.default_data_dir()`.
+      reward: "device" or "text"; both give the same rewards.
+    """
+    graders = {"device": chain_sum_rewards.DEVICE_REWARD, "text": chain_sum_rewards.TEXT_REWARD}
+    base.require(reward in graders, "reward", reward, f"one of {list(graders)}")
+    return Task(
+        name="chain_sum",
+        tokenizer=chain_sum.TOKENIZER,
+        prompt_columns=chain_sum.PROMPT_LENGTH,
+        max_new_tokens=chain_sum.RESPONSE_LENGTH,
+        rewards=(graders[reward],),
+        difficulty_field="num_digits",
+        difficulties=chain_sum.NUM_DIGITS,
+        split_arrays=chain_sum.split_arrays,
+        data_dir=None if data_dir is None else os.fspath(data_dir),
+    )

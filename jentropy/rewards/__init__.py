@@ -1,0 +1,1 @@
+"""Graders: pure functions of token arrays that run on the device, and Python functions of text."""
