@@ -259,7 +259,8 @@ CONFIG = """
         return rate
 
     def get_config():
-        return fdl.Config(sibling_common.join, x=fdl.Config(local), y=sibling_common.VALUE, z=fdl.Partial(sibling_common.join))
+        join = sibling_common.join
+        return fdl.Config(join, x=fdl.Config(local), y=sibling_common.VALUE, z=fdl.Partial(join))
 """
 COMMON = "VALUE = {}\ndef join(**parts):\n    return parts\n"
 
