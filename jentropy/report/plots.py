@@ -1,8 +1,9 @@
 """Pictures of runs, drawn without a display from the lines of `metrics.jsonl`.
 
 Each line is a mapping with `step` (counted over all stages) and `stage`; other keys may be missing from any line, and
-evaluation keys (`val/...`) stand only on evaluation steps. Colours are Okabe and Ito's, distinct under the common
-forms of colour blindness and told apart by line style as well.
+evaluation keys (`val/...`) stand only on evaluation steps. Of keys that end in a number of samples, `@n`, the largest
+n that a run has is drawn, with the 95 % interval over prompts where the run recorded it. Colours are Okabe and Ito's,
+distinct under the common forms of colour blindness and told apart by line style as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,8 @@ GREY = "#555555"
 
 ENTROPY = "actor/entropy"
 HELD_OUT_ENTROPY = "val/entropy"
-REWARD = "val/reward/mean@8"
-HELD_OUT = {REWARD: "reward, mean@8", "val/pass@8": "pass@8", "val/reward_hard/mean@8": "reward, hard prompts"}
+REWARD = "val/reward/mean@"
+HELD_OUT = {REWARD: "reward, mean@", "val/pass@": "pass@", "val/reward_hard/mean@": "hard prompts, mean@"}
 CONTROL = {"cov/mean": "Covariance of log-probability and advantage", "actor/pg_clipfrac": "Fraction of tokens clipped"}
 SMOOTHING = 7
 
@@ -49,9 +50,9 @@ def run_plot(metrics: Lines, path: str | PathLike[str], title: str) -> None:
     (entropy, reward), (law, control) = figure.subplots(2, 2)
     _draw_smoothed(entropy, metrics, ENTROPY, 0)
     _finish(entropy, f"Policy entropy, mean of {SMOOTHING} steps", "step", "nats", (ENTROPY,))
-    for index, (key, label) in enumerate(HELD_OUT.items()):
-        _draw_evaluations(reward, metrics, key, index, label)
-    _finish(reward, "Held-out prompts", "step", "", tuple(HELD_OUT), at_least=1.0)
+    for index, (prefix, label) in enumerate(HELD_OUT.items()):
+        _draw_evaluations(reward, metrics, prefix, index, label)
+    _finish(reward, "Held-out prompts", "step", "", [f"{prefix}n" for prefix in HELD_OUT], at_least=1.0)
     _draw_law(law, metrics)
     key = next((key for key in CONTROL if _series(metrics, key)[0].size), "actor/pg_clipfrac")
     _draw_smoothed(control, metrics, key, 0)
@@ -86,7 +87,9 @@ def comparison_plot(
         _draw_smoothed(entropy, lines, ENTROPY, index, name)
         _draw_evaluations(reward, lines, REWARD, index)
     _finish(entropy, f"Policy entropy, mean of {SMOOTHING} steps", "", "nats", (ENTROPY,), legend=False)
-    _finish(reward, "Held-out reward, mean@8", "step", "", (REWARD,), at_least=1.0)
+    _finish(
+        reward, "Held-out reward", "step", f"mean@{_largest(REWARD, *runs.values())}", (REWARD + "n",), at_least=1.0
+    )
     handles, labels = entropy.get_legend_handles_labels()
     if handles:
         left.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=10, frameon=False, handlelength=3)
@@ -99,7 +102,7 @@ def comparison_plot(
 
 
 def stage_boundaries(metrics: Lines) -> list[float]:
-    """The first step of every stage but the first."""
+    """The first step of every stage but the first, from lines in any order."""
     lines = [line for line in _ordered(metrics) if "stage" in line]
     return [float(after["step"]) for before, after in pairwise(lines) if before["stage"] != after["stage"]]
 
@@ -111,8 +114,9 @@ def law_points(metrics: Lines) -> dict[Any, tuple[FloatArray, FloatArray]]:
     statement about one stage: a shift of the task changes its coefficients.
     """
     stages: dict[Any, list[tuple[float, float]]] = {}
+    key = f"{REWARD}{_largest(REWARD, metrics)}"
     for line in _ordered(metrics):
-        entropy, reward = line.get(HELD_OUT_ENTROPY, line.get(ENTROPY)), line.get(REWARD)
+        entropy, reward = line.get(HELD_OUT_ENTROPY, line.get(ENTROPY)), line.get(key)
         if _is_finite(entropy) and _is_finite(reward):
             stages.setdefault(line.get("stage"), []).append((entropy, reward))
     arrays = {stage: np.array(points, np.float64) for stage, points in stages.items()}
@@ -147,8 +151,7 @@ def _draw_law(axes: Axes, metrics: Lines, title: str = "Reward against entropy")
         quality = f"ceiling {law.ceiling:.3f} ± {law.ceiling_stderr:.3f}, R² {law.r_squared:.3f}"
         dash = DASHES[index % len(DASHES)]
         axes.plot(curve, law.predict(curve), color=colour, linestyle=dash, linewidth=1.9, label=f"{fit}\n{quality}")
-    _finish(axes, title, "policy entropy, nats", "", (REWARD, ENTROPY))
-    axes.set_ylabel("held-out reward, mean@8")
+    _finish(axes, title, "policy entropy, nats", f"held-out reward, mean@{_largest(REWARD, metrics)}", (REWARD + "n",))
     if stages:
         axes.set_xlim(left=0.0)
 
@@ -166,11 +169,18 @@ def _draw_smoothed(axes: Axes, metrics: Lines, key: str, index: int, label: str 
             label = None
 
 
-def _draw_evaluations(axes: Axes, metrics: Lines, key: str, index: int, label: str | None = None) -> None:
+def _draw_evaluations(axes: Axes, metrics: Lines, prefix: str, index: int, label: str | None = None) -> None:
+    """The evaluations `prefix + n`, and a band for their intervals."""
+    num_samples = _largest(prefix, metrics)
+    key = f"{prefix}{num_samples}"
     steps, values = _series(metrics, key)
+    (_, low), (_, high) = _series(metrics, f"{key}/low"), _series(metrics, f"{key}/high")
     colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+    name = None if label is None else f"{label}{num_samples}"
     if steps.size:
-        axes.plot(steps, values, color=colour, linestyle=dash, linewidth=1.5, marker="o", markersize=3.5, label=label)
+        axes.plot(steps, values, color=colour, linestyle=dash, linewidth=1.5, marker="o", markersize=3.5, label=name)
+    if steps.size and steps.size == low.size == high.size:
+        axes.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
 def _finish(
@@ -206,6 +216,12 @@ def _series(metrics: Lines, key: str) -> tuple[FloatArray, FloatArray]:
     points = [(line["step"], line[key]) for line in _ordered(metrics) if _is_finite(line.get(key))]
     array = np.array(points, np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]
+
+
+def _largest(prefix: str, *runs: Lines) -> int:
+    """The largest n among the keys `prefix + n` of the runs; 8 if there is none."""
+    ends = [key.removeprefix(prefix) for lines in runs for line in lines for key in line if key.startswith(prefix)]
+    return max((int(end) for end in ends if end.isdigit()), default=8)
 
 
 def _ordered(metrics: Lines) -> list[Mapping[str, Any]]:

@@ -38,6 +38,20 @@ def test_run_plot_shows_every_panel_and_the_fit(tmp_path):
     assert "no data" not in words
 
 
+def test_the_largest_number_of_samples_is_drawn(tmp_path):
+    keys = {"val/reward/mean@16": 0.5, "val/pass@4": 0.8, "val/pass@16": 0.9, "val/pass@16/low": 0.85}
+    words = draw(run_plot, tmp_path, [{"step": 0, "val/reward/mean@4": 0.1} | keys], "run")
+    for text in ("reward, mean@16", "pass@16", "held-out reward, mean@16"):
+        assert text in words
+    assert "mean@4" not in words and "pass@4" not in words
+
+
+def test_intervals_are_drawn_as_a_band(tmp_path):
+    plain = draw(run_plot, tmp_path, run(), "run")
+    band = [line | {"val/pass@8/low": 0.8, "val/pass@8/high": 0.95} if "val/pass@8" in line else line for line in run()]
+    assert draw(run_plot, tmp_path, band, "run").count("FillBetween") == plain.count("FillBetween") + 1
+
+
 def test_run_plot_prefers_the_covariance(tmp_path):
     lines = [line | {"cov/mean": 0.1} for line in run()]
     words = draw(run_plot, tmp_path, lines, "run")
@@ -48,7 +62,7 @@ def test_run_plot_prefers_the_covariance(tmp_path):
 @pytest.mark.parametrize(
     "lines,expected",
     [
-        ([], ["no data: actor/entropy", "no data: cov/mean or actor/pg_clipfrac", "no data: val/reward/mean@8 or"]),
+        ([], ["no data: actor/entropy", "no data: cov/mean or actor/pg_clipfrac", "no data: val/reward/mean@n or"]),
         ([{"loss": 1.0}], ["no data: actor/entropy"]),
         (run(1), ["no fit: the law needs at least 3 points, got 1"]),
         (
@@ -57,7 +71,7 @@ def test_run_plot_prefers_the_covariance(tmp_path):
         ),
         ([line | {"val/reward/mean@8": 0.5} for line in run()], ["R² nan"]),
         ([{"step": 0, "actor/entropy": float("nan"), "actor/pg_clipfrac": None}], ["no data: actor/entropy"]),
-        ([{"step": 3, "actor/entropy": 0.0}], ["no data: val/reward/mean@8"]),
+        ([{"step": 3, "actor/entropy": 0.0}], ["no data: val/reward/mean@n"]),
     ],
 )
 def test_run_plot_says_what_is_missing(tmp_path, lines, expected):
