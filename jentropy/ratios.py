@@ -40,5 +40,7 @@ def k3(x: Array) -> Array:
 
     Reference: Schulman, "Approximating KL divergence" (2020).
     """
-    inner = jnp.minimum(x, MAX_LOG_RATIO)
-    return jnp.expm1(inner) - inner + math.expm1(MAX_LOG_RATIO) * (x - inner)
+    far = x > MAX_LOG_RATIO
+    inner = jnp.where(far, 0.0, x)
+    slope = math.expm1(MAX_LOG_RATIO)
+    return jnp.where(far, slope * (x - MAX_LOG_RATIO) + (slope - MAX_LOG_RATIO), jnp.expm1(inner) - inner)

@@ -112,10 +112,11 @@ def reinforce(quantities: Quantities, plan: Plan, batch: Rollouts) -> tuple[Arra
       batch: the rows.
 
     Returns:
-      The loss `[b, T]` and `actor/ppo_kl`, as `ratio` has it.
+      The loss `[b, T]` and `actor/ppo_kl`, -log-ratio as a mean over tokens with a policy gradient.
 
     Reference: Williams (1992), doi 10.1007/BF00992696.
     """
     log_prob = jnp.where(batch.loss_mask, quantities["log_prob"], 0.0)
-    metrics = _token_means(plan, batch, actor__ppo_kl=-_clamped_log_ratio(quantities, batch))
+    difference = log_ratio(quantities["log_prob"], batch.logp_old, batch.loss_mask)
+    metrics = _token_means(plan, batch, actor__ppo_kl=-difference)
     return -_advantage(plan, batch) * log_prob, metrics

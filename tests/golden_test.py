@@ -1,0 +1,487 @@
+"""Stored outputs of released code, found by family of file names in `tests/golden` and in `$JENTROPY_GOLDEN`.
+
+Hyper-parameters are read from the file; one that is absent has the default of its source. In float64 the agreement is
+1e-12, in float32 2e-6. Where a stored output is a defect of its source, the test asserts our value in its place.
+"""
+
+import fnmatch
+import json
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import loss_and_gradient, rollouts, signals, update
+
+from jentropy import compose, features, normalisers, surrogates
+from jentropy.advantages.grpo import grpo
+from jentropy.advantages.rloo import rloo
+from jentropy.base import initial_plan
+from jentropy.mechanisms import clip_cov, kl_cov, kl_reference
+from jentropy.mechanisms.clip_range import clip_range
+
+TOLERANCE = {"f64": 1e-12, "f32": 2e-6}
+FLOAT32_SCALAR = 1e-7
+"""verl's standard deviation of a single row and TRL's Bessel factor are float32 numbers."""
+
+FOLDERS = [Path(__file__).parent / "golden"] + [Path(p) for p in [os.environ.get("JENTROPY_GOLDEN")] if p]
+FILES = {path.name: path for folder in FOLDERS for path in sorted(folder.glob("*.npz"))}
+MODES = ("token_mean", "token_sum", "seq_mean_token_sum", "seq_mean_token_sum_norm", "seq_mean_token_mean")
+
+
+def verl_sequence_mean(counted, batch):
+    """`sequence_mean_token_mean` with verl's `n + 1e-8`."""
+    length = jnp.sum(counted, axis=1, keepdims=True, dtype=batch.logp_old.dtype)
+    return normalisers.sequence_mean_token_mean(counted, batch) * (length / (length + 1e-8))
+
+
+def make_normaliser(mode, length):
+    return {
+        "token_mean": normalisers.token_mean,
+        "token_sum": normalisers.token_sum,
+        "seq_mean_token_sum": normalisers.sequence_mean_token_sum,
+        "seq_mean_token_sum_norm": normalisers.fixed_length(length=length),
+        "seq_mean_token_mean": verl_sequence_mean,
+    }[mode]
+
+
+def hyper_parameters(golden):
+    stored = json.loads(str(golden["hparams"])) if "hparams" in golden else {}
+    stored |= {k.removeprefix("hp_"): v.item() for k, v in golden.items() if k.startswith("hp_")}
+    ratio = stored.get("clip_ratio", 0.2)
+    defaults = {
+        "clip_ratio_low": ratio,
+        "clip_ratio_high": ratio,
+        "clip_ratio_c": 3.0,
+        "clip_cov_ratio": 2e-4,
+        "clip_cov_lb": 1.0,
+        "clip_cov_ub": 5.0,
+        "kl_cov_ratio": 2e-4,
+        "ppo_kl_coef": 1.0,
+    }
+    return defaults | {k: v for k, v in stored.items() if v is not None}
+
+
+def clip_range_of(hp):
+    return clip_range(epsilon_low=hp["clip_ratio_low"], epsilon_high=hp["clip_ratio_high"])
+
+
+def close(ours, theirs, tolerance):
+    np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=tolerance, atol=tolerance)
+
+
+class Case:
+    """The inputs of a policy loss in one precision."""
+
+    def __init__(self, golden, precision):
+        self.golden, self.precision, self.hp = golden, precision, hyper_parameters(golden)
+        self.dtype = np.float64 if precision == "f64" else np.float32
+        self.mask = golden["response_mask"] > 0
+        batch = rollouts(self.mask, logp_old=golden["old_log_prob"].astype(self.dtype))
+        self.signals = signals(batch, log_prob=golden["log_prob"].astype(self.dtype))
+        self.advantage = jnp.asarray(golden["advantages"], self.dtype)
+
+    def plan(self, mechanism):
+        return update(mechanism, self.signals, self.advantage)
+
+    def evaluate(self, plan, mode, *, surrogate=surrogates.ratio, terms=None):
+        normaliser = make_normaliser(mode, self.hp.get("loss_scale_factor", self.mask.shape[1]))
+        return loss_and_gradient(plan, self.signals, surrogate=surrogate, normaliser=normaliser, terms=terms)
+
+    def check(self, value, gradient, key, scale=1.0):
+        """Compares with `loss<key>` and `grad<key>`; a NaN there, from an empty mask, is 0 here."""
+        loss, grad = (self.golden.get(f"{name}{key}") for name in ("loss", "grad"))
+        if np.isnan(loss):
+            assert not self.mask.any()
+            loss, grad = 0.0, np.zeros(self.mask.shape)
+        close(value * scale, loss, TOLERANCE[self.precision])
+        if grad is not None:
+            close(gradient * scale, grad, TOLERANCE[self.precision])
+
+    def modes(self):
+        return [m for m in MODES if f"loss_{m}_{self.precision}" in self.golden]
+
+    def check_mean(self, metrics, name, stored, suffix):
+        """Compares a metric with verl's masked mean, which divides by `N + 1e-8`."""
+        key = f"metric_{stored}{suffix}"
+        if key in self.golden:
+            total, count = (float(x) for x in metrics[name])
+            assert count == self.mask.sum()
+            close(total / (count + 1e-8), self.golden[key], TOLERANCE[self.precision])
+
+
+VANILLA_METRICS = {
+    "actor/pg_clipfrac": "pg_clipfrac",
+    "actor/pg_clipfrac_lower": "pg_clipfrac_lower",
+    "actor/ppo_kl": "ppo_kl",
+}
+
+
+def check_vanilla(golden, precision):
+    case = Case(golden, precision)
+    plan = case.plan(clip_range_of(case.hp))
+    surrogate = surrogates.dual_clip(clip_ratio_c=case.hp["clip_ratio_c"])
+    for mode in case.modes():
+        value, gradient, metrics = case.evaluate(plan, mode, surrogate=surrogate)
+        case.check(value, gradient, f"_{mode}_{precision}")
+    for name, stored in VANILLA_METRICS.items():
+        case.check_mean(metrics, name, stored, f"_{precision}")
+
+
+def check_policy_loss(golden, precision, surrogate=None):
+    """`base_pl_*`: all modes, an advantage per token, and importance weights in `pg_weight`."""
+    case = Case(golden, precision)
+    surrogate = surrogate or surrogates.dual_clip(clip_ratio_c=case.hp["clip_ratio_c"])
+    plan = case.plan(clip_range_of(case.hp))
+    for mode in (m for m in MODES if f"loss__{m}" in golden):
+        value, gradient, metrics = case.evaluate(plan, mode, surrogate=surrogate)
+        case.check(value, gradient, f"__{mode}")
+    for name in VANILLA_METRICS.keys() & metrics.keys():
+        case.check_mean(metrics, name, VANILLA_METRICS[name], "")
+    weighted = plan.replace(pg_weight=plan.pg_weight * jnp.asarray(golden["rollout_is_weights"]))
+    per_token = plan.replace(advantage=jnp.asarray(golden["advantages_tok"]))
+    for name, changed in (("isw", weighted), ("advtok", per_token)):
+        if f"loss__{name}_token_mean" in golden:
+            case.check(*case.evaluate(changed, "token_mean", surrogate=surrogate)[:2], f"__{name}_token_mean")
+
+
+def check_reinforce(golden, precision):
+    check_policy_loss(golden, precision, surrogates.reinforce)
+
+
+def check_clip_cov(golden, precision):
+    """The stored selection is one of our candidate sets, of our size; it is then put in the place of our draw."""
+    case = Case(golden, precision)
+    hp = {k: case.hp[k] for k in ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub")}
+    mechanism = clip_cov.clip_cov(**hp)
+    before, state = case.plan(clip_range_of(case.hp)), mechanism.init()
+    candidate = np.asarray(clip_cov.candidates(before, state, case.signals))
+    count = int(clip_cov.num_selected(state, case.signals.batch.loss_mask, jnp.asarray(candidate)))
+    selected, order = golden[f"selected_mask_{precision}"] > 0, golden[f"perm_{precision}"]
+    assert candidate.sum() == len(order)
+    drawn = np.zeros_like(selected)
+    drawn[tuple(np.argwhere(candidate)[order[:count]].T)] = True
+    np.testing.assert_array_equal(drawn, selected)
+    plan = clip_cov.drop(before, jnp.asarray(selected))
+    for mode in case.modes():
+        case.check(*case.evaluate(plan, mode)[:2], f"_{mode}_{precision}")
+    ours = case.plan(compose.chain(clip=clip_range_of(case.hp), cov=mechanism))
+    assert (np.asarray(ours.pg_weight) != case.mask).sum() == count
+    case.check_mean(ours.metrics, "clip_cov/selected_fraction", "pg_clipfrac", f"_{precision}")
+
+
+def check_kl_cov(golden, precision):
+    """With one advantage everywhere the source penalises tokens picked by rounding noise; here none is."""
+    case = Case(golden, precision)
+    constant = case.mask.any() and np.ptp(golden["advantages"][case.mask]) == 0
+    for mode in case.modes():
+        normaliser = make_normaliser(mode, case.hp.get("loss_scale_factor", case.mask.shape[1]))
+        mechanism = kl_cov.kl_cov(
+            kl_cov_ratio=case.hp["kl_cov_ratio"], ppo_kl_coef=case.hp["ppo_kl_coef"], normaliser=normaliser
+        )
+        plan = case.plan(mechanism)
+        value, gradient, metrics = case.evaluate(plan, mode, terms=mechanism.terms)
+        if constant:
+            bare, bare_gradient, _ = case.evaluate(plan.replace(terms={}), mode)
+            assert not np.any(plan.terms["abs_log_ratio"])
+            assert value == bare < golden[f"loss_{mode}_{precision}"]
+            np.testing.assert_array_equal(gradient, bare_gradient)
+        else:
+            case.check(value, gradient, f"_{mode}_{precision}")
+    assert metrics["actor/pg_clipfrac"][0] == 0.0
+
+
+def check_authors_losses(golden, precision):
+    """The authors' own repository: `k_percent` is in percent, means divide by `N + 1e-8`, there is no dual clip.
+
+    The file does not hold its clip range: it is that of their recipes, 0.2 and 0.28.
+    """
+    case = Case({"hp_clip_ratio_high": np.float64(0.28), **golden}, precision)
+    num_tokens = case.mask.sum()
+    scale = num_tokens / (num_tokens + 1e-8)
+    losses = {k: v for k, v in golden.items() if k.endswith(f"_loss_{precision}")}
+    for key, expected in losses.items():
+        name = key.removesuffix(f"_loss_{precision}")
+        mechanism = clip_range_of(case.hp)
+        if percent := re.fullmatch(r"klcov_kpercent([\d.]+)", name):
+            mechanism = kl_cov.kl_cov(kl_cov_ratio=float(percent[1]) / 100.0, ppo_kl_coef=case.hp["ppo_kl_coef"])
+        else:
+            assert name == "vanilla"
+        value, gradient, _ = case.evaluate(case.plan(mechanism), "token_mean", terms=mechanism.terms)
+        close(value * scale, expected, TOLERANCE[precision])
+        close(gradient * scale, golden[f"{name}_grad_{precision}"], TOLERANCE[precision])
+
+
+def weights(mask, mode, length, dtype=np.float64):
+    return make_normaliser(mode, length)(jnp.asarray(mask), rollouts(mask, logp_old=np.zeros(mask.shape, dtype)))
+
+
+def whole_batch(mask, num_tokens, num_rows):
+    """The mask `[b, T]` as the first rows of a batch with these totals: what a micro-batch is part of."""
+    more_rows = num_rows - int(mask.any(axis=1).sum())
+    more_tokens = num_tokens - int(mask.sum())
+    lengths = np.full(more_rows, more_tokens // more_rows)
+    lengths[0] += more_tokens - lengths.sum()
+    width = max(mask.shape[1], lengths.max())
+    rest = np.arange(width)[None, :] < lengths[:, None]
+    return np.concatenate([np.pad(mask, ((0, 0), (0, width - mask.shape[1]))), rest])
+
+
+def check_aggregation(golden, precision):
+    """`base_agg_*`. NaN in the padding of the loss leaks into the source's sequence means, not into ours."""
+    mask, tolerance = golden["loss_mask"] > 0, TOLERANCE[precision]
+    values, width = np.where(mask, golden["loss_mat"], 0.0), mask.shape[1]
+    for key in (k for k in golden if k.startswith("loss__")):
+        mode, suffix = re.fullmatch(r"loss__(.*?)(_global|_fixed)?", key).groups()
+        length = int(golden["loss_scale_factor_fixed"]) if suffix == "_fixed" else width
+        weight, scale = np.asarray(weights(mask, mode, length)), 1.0
+        if suffix == "_global":
+            batch = whole_batch(mask, int(golden["batch_num_tokens_global"]), int(golden["global_batch_size_global"]))
+            weight = np.asarray(weights(batch, mode, length))[: len(mask), :width]
+            scale = float(golden["dp_size_global"])
+        if np.isnan(golden[key]):
+            assert mode.startswith("seq") and np.isnan(golden["loss_mat"][~mask]).any()
+            assert np.isfinite(weight).all()
+            continue
+        close((weight * values).sum() * scale, golden[key], tolerance)
+        if f"grad__{mode}{suffix or ''}" in golden:
+            close(weight * scale, golden[f"grad__{mode}{suffix or ''}"], tolerance)
+
+
+def check_aggregation_in_two_sources(golden, precision):
+    """`entropy_agg_loss_*`: verl; verl as a micro-batch of 97 tokens and 13 rows on 4 ranks; the authors' code.
+
+    The authors' means divide by `N + 1e-8`, its rows' means count empty rows too (NaN for an empty row's own mean), and
+    its fixed length does not divide by the number of rows.
+    """
+    mask, tolerance = golden["loss_mask"] > 0, TOLERANCE[precision]
+    dtype = np.float64 if precision == "f64" else np.float32
+    values, (num_rows, width) = np.where(mask, golden["loss_mat"], 0.0), mask.shape
+    used, num_tokens = mask.any(axis=1).sum(), mask.sum()
+    for mode in (m for m in MODES if f"verl_{m}_{precision}" in golden):
+        weight = np.asarray(weights(mask, mode, width, dtype))
+        close((weight * values).sum(), golden[f"verl_{mode}_{precision}"], tolerance)
+        close(weight, golden[f"verl_grad_{mode}_{precision}"], tolerance)
+        part = np.asarray(weights(whole_batch(mask, 97, 13), mode, 64, dtype))[:num_rows, :width]
+        close(4.0 * (part * values).sum(), golden[f"verl_dp4_{mode}_{precision}"], tolerance)
+        theirs = golden.get(f"eml_{mode}_{precision}")
+        if theirs is None:
+            continue
+        plain = make_normaliser(mode, width) if mode != "seq_mean_token_mean" else normalisers.sequence_mean_token_mean
+        total = float(jnp.sum(plain(jnp.asarray(mask), rollouts(mask, logp_old=np.zeros(mask.shape, dtype))) * values))
+        factor = {
+            "token_mean": num_tokens / (num_tokens + 1e-8),
+            "seq_mean_token_sum_norm": used,
+        }.get(mode, used / num_rows)
+        if used < num_rows and mode == "seq_mean_token_mean":
+            assert np.isnan(theirs)
+        else:
+            close(total * factor, theirs, tolerance)
+
+
+def estimate(estimator, rewards, group, mask):
+    batch = rollouts(mask, rewards=np.asarray(rewards, np.float64), group=np.unique(group, return_inverse=True)[1])
+    if np.isnan(rewards).any():
+        batch = batch.replace(rewards=jnp.nan_to_num(batch.rewards))
+        batch = batch.replace(
+            row_data={"is_valid": jnp.asarray(~np.isnan(np.reshape(rewards, (len(mask), -1))).all(1))}
+        )
+    return np.asarray(jax.jit(estimator.estimate)(batch, estimator.init())[0])
+
+
+def check_group_rows(ours, theirs, group, tolerance=1e-12):
+    """Rows of their own group at 1e-7, the others at `tolerance`; relative to the largest advantage."""
+    _, inverse, counts = np.unique(group, return_inverse=True, return_counts=True)
+    single = counts[inverse] == 1
+    scale = max(np.abs(theirs).max(), 1.0)
+    close(ours[~single] / scale, theirs[~single] / scale, tolerance)
+    close(ours[single] / scale, theirs[single] / scale, max(tolerance, FLOAT32_SCALAR))
+
+
+def check_group_advantages(golden, precision):
+    """`base_groupadv_*`: verl; a row that is a group of its own gets the raw reward in all but the vectorised RLOO.
+
+    Groups of equal rewards are exactly 0 here; in the sources rounding noise may be left, in float32 as much as 0.02.
+    """
+    mask, group, scores = golden["response_mask"] > 0, golden["index"], golden["scores"]
+    epsilon = float(golden["eps"])
+    methods = {
+        "adv_grpo_std": (grpo(epsilon=epsilon, singleton="raw"), 1e-12),
+        "adv_grpo_nostd": (grpo(scale_rewards="none", epsilon=1e-300, singleton="raw"), 1e-12),
+        "adv_grpo_vectorized_std_f32": (grpo(epsilon=epsilon, singleton="raw"), TOLERANCE["f32"]),
+        "adv_rloo": (rloo(singleton="raw"), 1e-12),
+        "adv_rloo_vectorized": (rloo(), 1e-12),
+    }
+    alike = np.array([(group == g).sum() > 1 and np.ptp(scores[group == g]) == 0 for g in group])
+    for key, (estimator, tolerance) in methods.items():
+        ours, theirs = estimate(estimator, scores, group, mask), golden[key]
+        assert not ours[alike].any()
+        check_group_rows(ours[~alike], theirs[~alike], group[~alike], tolerance)
+        if tolerance == 1e-12:
+            close(theirs[alike], 0.0, 1e-9)
+
+
+def check_grpo_advantage(golden, precision):
+    """`entropy_grpo_advantage*`: verl, a loop and a vectorised version in float32."""
+    mask, group = golden["response_mask"] > 0, golden["group"]
+    for key, scale, tolerance in (
+        ("grpo_std", "group", 1e-12),
+        ("grpo_nostd", "none", 1e-12),
+        ("grpo_vec_std", "group", TOLERANCE["f32"]),
+        ("grpo_vec_nostd", "none", TOLERANCE["f32"]),
+    ):
+        ours = estimate(grpo(scale_rewards=scale, singleton="raw"), golden["rewards"], group, mask)
+        check_group_rows(ours, golden[key], group, tolerance)
+    single = np.array([(group == g).sum() == 1 for g in group])
+    assert not estimate(grpo(), golden["rewards"], group, mask)[single].any()
+
+
+def check_trl_advantages(golden, precision):
+    """`base_trl_adv_*`: TRL's GRPO and RLOO; clipping and divergence enter the reward before the estimator."""
+    rewards = golden["rewards_per_func"]
+    mask = np.ones((len(rewards), 1), bool)
+    group = np.arange(len(rewards)) // int(golden["num_generations"])
+    weight, epsilon = tuple(golden["reward_weights"].tolist()), float(golden["eps"])
+    for scale in ("group", "batch", "none"):
+        ours = estimate(grpo(scale_rewards=scale, epsilon=epsilon, reward_weights=weight), rewards, group, mask)
+        tolerance = 1e-12 if scale == "none" else FLOAT32_SCALAR
+        close(ours[:, 0], golden[f"adv_grpo_{scale}"], tolerance)
+    scorable = ~np.isnan(rewards).all(axis=1)
+    total = np.where(scorable, np.nansum(rewards, axis=1), np.nan)
+    drift = np.where(golden["completion_mask"] > 0, golden["old_logps"] - golden["ref_logps"], 0.0).sum(axis=1)
+    for key, reward in (
+        ("adv_rloo", total),
+        ("adv_rloo_clip", np.clip(total, -0.5, 0.5)),
+        ("adv_rloo_kl", total - float(golden["beta"]) * drift),
+    ):
+        close(estimate(rloo(), reward, group, mask)[:, 0], golden[key], 1e-12)
+
+
+DIVERGENCES = {
+    "k1": kl_reference.k1,
+    "kl": kl_reference.k1,
+    "k2": kl_reference.k2,
+    "mse": kl_reference.k2,
+    "k3": kl_reference.k3,
+    "low_var_kl": kl_reference.k3,
+    "k3plus": kl_reference.k3_straight_through,
+    "low_var_klplus": kl_reference.k3_straight_through,
+    "k2plus": kl_reference.k2,
+    "abs": kl_cov.abs_log_ratio,
+}
+
+
+def divergence(golden, function, dtype):
+    """Value `[B, T]` and gradient of the sum, with the reference also as the old policy."""
+    log_prob, ref = (jnp.asarray(golden[k], dtype) for k in ("logprob", "ref_logprob"))
+    batch = rollouts(np.ones(ref.shape, bool), logp_old=ref, token_data={"ref_log_prob": ref})
+
+    def total(x):
+        value = function({"log_prob": x}, initial_plan(batch, jnp.zeros_like(x)), batch)
+        return jnp.sum(value), value
+
+    (_, value), gradient = jax.value_and_grad(total, has_aux=True)(log_prob)
+    return np.asarray(value), np.asarray(gradient)
+
+
+def check_divergence(golden, name, value_key, gradient_key, precision):
+    """Where verl's clamps act (a value above 10, |d| above 20), k3 has its own value and gradient here."""
+    if value_key not in golden:
+        return
+    dtype = np.float64 if precision == "f64" else np.float32
+    value, gradient = divergence(golden, DIVERGENCES[name], dtype)
+    difference = (golden["logprob"] - golden["ref_logprob"]).astype(np.float64)
+    own = np.exp(-np.maximum(difference, -20.0)) - 1.0 + difference
+    clamped = (
+        (np.abs(difference) >= 20.0) | (own > 10.0) if name.startswith(("k3", "low")) else np.zeros(own.shape, bool)
+    )
+    tolerance = TOLERANCE[precision]
+    close(value[~clamped], golden[value_key][~clamped], tolerance)
+    straight = name.endswith("plus")
+    close(gradient[~clamped | straight], golden[gradient_key][~clamped | straight], tolerance)
+    inner = clamped & (difference > -20.0)
+    close(value[inner], own[inner], tolerance)
+    if not straight:
+        close(gradient[inner], (1.0 - np.exp(-difference))[inner], tolerance)
+        assert np.isfinite(gradient).all() and not golden[gradient_key][clamped].any() and gradient[clamped].all()
+
+
+def check_kl(golden, precision):
+    """`base_kl_*`."""
+    for name in DIVERGENCES:
+        check_divergence(golden, name, f"val_{name}", f"grad_{name}", precision)
+
+
+def check_kl_penalty(golden, precision):
+    """`entropy_verl_kl_penalty_*`."""
+    for name in DIVERGENCES:
+        check_divergence(golden, name, f"{name}_{precision}", f"{name}_grad_{precision}", precision)
+
+
+def check_full_divergence(golden, precision):
+    """`base_klfull_*`: the term over the whole vocabulary, from logits."""
+    logits, ref = jnp.asarray(golden["logits"]), jnp.asarray(golden["ref_logits"])
+    mechanism = kl_reference.kl_reference(beta=1.0, estimator="full", normaliser=normalisers.token_sum)
+    batch = rollouts(np.ones(logits.shape[:2], bool))
+    advantage = jnp.zeros(logits.shape[:2])
+
+    def value(z):
+        return features.kl(z, ref)
+
+    plan = update(mechanism, signals(batch, log_prob=advantage, reference_kl=value(logits)), advantage)
+
+    def loss(z):
+        term = mechanism.terms["reference_kl"]({"reference_kl": value(z)}, plan, batch)
+        return jnp.sum(plan.terms["reference_kl"] * term), term
+
+    (_, term), gradient = jax.value_and_grad(loss, has_aux=True)(logits)
+    close(term, golden["reverse_kl"], 1e-12)
+    close(gradient, golden["grad_reverse_kl"], 1e-12)
+
+
+BOTH, DOUBLE = ("f64", "f32"), ("f64",)
+FAMILIES = {
+    "entropy_verl_vanilla_*": (check_vanilla, BOTH),
+    "entropy_verl_clip_cov_*": (check_clip_cov, BOTH),
+    "entropy_verl_kl_cov_*": (check_kl_cov, BOTH),
+    "entropy_emlrepo_losses*": (check_authors_losses, BOTH),
+    "entropy_agg_loss_*": (check_aggregation_in_two_sources, BOTH),
+    "entropy_verl_kl_penalty_*": (check_kl_penalty, BOTH),
+    "entropy_grpo_advantage*": (check_grpo_advantage, DOUBLE),
+    "base_pl_vanilla_*": (check_policy_loss, DOUBLE),
+    "base_pl_reinforce_*": (check_reinforce, DOUBLE),
+    "base_agg_*": (check_aggregation, DOUBLE),
+    "base_groupadv_*": (check_group_advantages, DOUBLE),
+    "base_kl_*": (check_kl, DOUBLE),
+    "base_klfull_*": (check_full_divergence, DOUBLE),
+    "base_trl_adv_*": (check_trl_advantages, DOUBLE),
+}
+CASES = [
+    (name, check, precision)
+    for pattern, (check, precisions) in FAMILIES.items()
+    for name in sorted(fnmatch.filter(FILES, pattern))
+    for precision in precisions
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "precision"), CASES, ids=[f"{n.removesuffix('.npz')}-{p}" for n, _, p in CASES]
+)
+def test_released_code(name, check, precision):
+    golden = dict(np.load(FILES[name]))
+    with jax.enable_x64(precision == "f64"):
+        check(golden, precision)
+
+
+@pytest.mark.parametrize("pattern", FAMILIES)
+def test_every_family_has_a_case(pattern):
+    assert fnmatch.filter(FILES, pattern)
+
+
+def test_files_of_other_families_are_listed():
+    other = [name for name in FILES if not any(fnmatch.fnmatch(name, pattern) for pattern in FAMILIES)]
+    print("no check here:", *other)
+    assert len(other) + len({name for name, _, _ in CASES}) == len(FILES)
