@@ -116,6 +116,9 @@ class ChainSum(tfds.core.GeneratorBasedBuilder):
         tfds.core.BuilderConfig(name="demonstrations", description="Noisy responses to training prompts."),
     ]
 
+    def _has_responses(self) -> bool:
+        return self.builder_config is not None and self.builder_config.name == "demonstrations"
+
     def _info(self) -> tfds.core.DatasetInfo:
         tokens = functools.partial(tfds.features.Tensor, dtype=np.int32)
         features = {
@@ -123,7 +126,7 @@ class ChainSum(tfds.core.GeneratorBasedBuilder):
             "answer": tfds.features.Scalar(dtype=np.int32),
             "num_digits": tfds.features.Scalar(dtype=np.int32),
         }
-        if self.builder_config.name == "demonstrations":
+        if self._has_responses():
             features["response"] = tokens(shape=(RESPONSE_LENGTH,))
             features["response_length"] = tfds.features.Scalar(dtype=np.int32)
             features["strategy"] = tfds.features.Scalar(dtype=np.int32)
@@ -137,7 +140,7 @@ class ChainSum(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager
         train = {f"train_{n}": self._generate_examples(n, heldout=False) for n in NUM_DIGITS}
-        if self.builder_config.name == "demonstrations":
+        if self._has_responses():
             return train
         return train | {f"heldout_{n}": self._generate_examples(n, heldout=True) for n in NUM_DIGITS}
 
@@ -145,7 +148,7 @@ class ChainSum(tfds.core.GeneratorBasedBuilder):
         digits = prompt_digits(num_digits)
         digits = digits[is_heldout(digits) == heldout]
         arrays = {}
-        if self.builder_config.name == "demonstrations":
+        if self._has_responses():
             digits = digits[np.arange(_NUM_DEMONSTRATIONS) % len(digits)]
             arrays = demonstrate(digits, np.random.default_rng([_SEED, num_digits, 1]))
         arrays |= encode_prompts(digits)

@@ -78,12 +78,15 @@ def _read(
     reader = prepare(builder, config, data_dir)
     if split not in reader.info.splits:
         raise ValueError(f"split must be one of {sorted(reader.info.splits)}, got {split!r}")
-    # Parsing the records here is eight times faster than TFDS's feature-wise decoding of each record.
-    source = reader.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    # Parsing the records here is five times faster than TFDS's feature-wise decoding of each record.
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    source = reader.as_data_source(split, deserialize_method=raw)  # pyright: ignore[reportCallIssue] (decorated)
     records = source.__getitems__(range(len(source)))
     examples = [tf_example_pb2.Example.FromString(record).features.feature for record in records]
+    features = reader.info.features
+    assert features is not None
     arrays = []
-    for name, feature in reader.info.features.items():
+    for name, feature in features.items():
         values = [value for example in examples for value in example[name].int64_list.value]
         array = np.asarray(values, feature.np_dtype).reshape(len(examples), *feature.shape)
         array.flags.writeable = False

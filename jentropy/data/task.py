@@ -71,13 +71,15 @@ class Task:
 
     def _fit(self, prompt: np.ndarray) -> np.ndarray:
         """Pads prompts `[N, L]` on the right to the bucket."""
-        missing = self.prompt_columns - prompt.shape[1]
-        if missing < 0:
+        rows, columns = prompt.shape
+        if columns > self.prompt_columns:
             raise ValueError(
-                f"a prompt of {prompt.shape[1]} tokens does not fit the bucket of {self.prompt_columns} tokens "
+                f"a prompt of {columns} tokens does not fit the bucket of {self.prompt_columns} tokens "
                 f"(prompt_columns of task {self.name!r})"
             )
-        return np.pad(prompt, ((0, 0), (0, missing)), constant_values=self.tokenizer.pad_id)
+        fitted = np.full((rows, self.prompt_columns), self.tokenizer.pad_id, np.int32)
+        fitted[:, :columns] = prompt
+        return fitted
 
 
 def easy_mixture(easy: float) -> dict[int, float]:

@@ -78,8 +78,9 @@ def grade_text(
         raise ValueError(f"reward {reward.name!r} returned {len(graded)} values for {len(completions)} rows")
     values = np.zeros(len(graded), np.float32)
     is_valid = np.asarray([value is not None for value in graded], bool)
-    for row in np.flatnonzero(is_valid):
-        values[row] = _checked(graded[row], reward.name, row)
+    for row, value in enumerate(graded):
+        if value is not None:
+            values[row] = _checked(value, reward.name, row)
     return values, is_valid
 
 
@@ -90,6 +91,6 @@ def _checked(value: object, name: str, row: int) -> float:
             f"reward {name!r} returned {type(value).__name__} {value!r} for row {row}, not a number or None"
         )
     number = float(value)
-    if not abs(number) <= np.finfo(np.float32).max:
+    if not abs(number) <= float(np.finfo(np.float32).max):
         raise ValueError(f"reward {name!r} returned {value!r} for row {row}, not finite in float32")
     return number
