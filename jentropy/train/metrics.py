@@ -1,0 +1,198 @@
+"""What a run writes while it trains: `metrics.jsonl`, `timing.jsonl` and TensorBoard events.
+
+`metrics.jsonl` holds deterministic fields only, one JSON object per line with sorted keys and floats by `repr`, so two
+equal runs write equal bytes. Wall times and rates go to `timing.jsonl`. A checkpoint stores the byte `offset` of the
+metrics; a resumed run truncates the file there and writes the missing lines again.
+"""
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def divide(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """`sum / count` of every metric as a Python float; a metric with count 0 is left out.
+
+    Args:
+      metrics: `(sum, count)` scalars by name, fetched from the device at once.
+    """
+    fetched = jax.device_get(dict(metrics))
+    return {name: float(total) / float(count) for name, (total, count) in fetched.items() if float(count) != 0}
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` or `timing.jsonl`; a torn last line is left out, a missing file is empty.
+
+    The strings `nan`, `inf` and `-inf`, which stand for what JSON cannot say, come back as floats.
+
+    Raises:
+      ValueError: a line before the last is no JSON object; file and line number are named.
+    """
+    path = Path(path)
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+    return rows
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
+
+
+def _line(step: int, values: Mapping[str, Any]) -> bytes:
+    """One JSON line of `step` and `values`."""
+
+    def plain(value: Any) -> Any:
+        value = value.item() if isinstance(value, (np.generic, np.ndarray, jax.Array)) else value
+        return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    row = {name: plain(value) for name, value in values.items()} | {"step": int(step)}
+    return json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+class MetricsWriter:
+    """Writes the metrics of one run into `directory`; a context manager.
+
+    Args:
+      directory: created if missing; gets `metrics.jsonl`, `timing.jsonl` and the folder `tensorboard`.
+      resume_offset: None for a new run. To resume, the `offset()` that the checkpoint holds (0 if there is none yet):
+        the metrics are truncated there, and timing lines of later steps dropped.
+
+    Raises:
+      FileExistsError: a new run in a folder that has metrics.
+      ValueError: the metrics have no line that ends at `resume_offset`.
+    """
+
+    def __init__(self, directory: str | Path, resume_offset: int | None = None) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        metrics, timing = directory / "metrics.jsonl", directory / "timing.jsonl"
+        last_step = None
+        if resume_offset is not None:
+            last_step = _truncate(metrics, timing, resume_offset)
+        elif metrics.exists() and metrics.stat().st_size:
+            raise FileExistsError(f"{metrics} exists: resume the run or choose another folder")
+        self._metrics = metrics.open("ab")
+        self._timing = timing.open("ab")
+        self._tensorboard = _TensorBoard(directory / "tensorboard", last_step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line of numbers, strings or None that depend on the run's seed and config only.
+
+        A step may have several lines. NaN and infinities are written as the strings `nan`, `inf` and `-inf`.
+        """
+        self._metrics.write(_line(step, metrics))
+        self._metrics.flush()
+        self._tensorboard.write(step, metrics)
+
+    def write_timing(self, step: int, timing: Mapping[str, Any]) -> None:
+        """Appends one line of wall times (seconds) and rates (tokens per second)."""
+        self._timing.write(_line(step, timing))
+        self._timing.flush()
+        self._tensorboard.write(step, timing)
+
+    def offset(self) -> int:
+        """Bytes of `metrics.jsonl` so far, all of them on disk: what a checkpoint stores."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._metrics.close()
+        self._timing.close()
+        self._tensorboard.close()
+
+
+def _truncate(metrics: Path, timing: Path, offset: int) -> int:
+    """Cuts the metrics at `offset` and drops timing lines of steps after the last one left, which is returned or -1."""
+    kept = metrics.read_bytes()[:offset] if metrics.exists() else b""
+    if len(kept) != offset or not (kept or b"\n").endswith(b"\n"):
+        raise ValueError(f"{metrics} has no line that ends at byte {offset}, where the checkpoint says it does")
+    if metrics.exists():
+        os.truncate(metrics, offset)
+    last_step = max((row["step"] for row in read_metrics(metrics)), default=-1)
+    if timing.exists():
+        lines = [(line, _parse(line)) for line in timing.read_bytes().splitlines()]
+        replacement = timing.with_suffix(".tmp")
+        replacement.write_bytes(b"".join(line + b"\n" for line, row in lines if row and row["step"] <= last_step))
+        replacement.replace(timing)
+    return last_step
+
+
+class _TensorBoard:
+    """Scalars as TensorBoard events, written at once; the first failure is a warning and ends it.
+
+    The file is opened at the first write. On resume, events after `last_step` are marked as void.
+    """
+
+    def __init__(self, directory: Path, last_step: int | None) -> None:
+        self._directory = directory
+        self._last_step = last_step
+        self._writer: Any = None
+        self._failed = False
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._failed:
+            return
+        try:
+            self._write(step, values)
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+            self._failed = True
+            warnings.warn(f"TensorBoard events are switched off: {error!r}", RuntimeWarning, stacklevel=3)
+
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if self._writer is None:
+            self._open()
+        numbers = {name: value for name, value in values.items() if value is not None and not isinstance(value, str)}
+        scalars = [Summary.Value(tag=name, simple_value=float(value)) for name, value in numbers.items()]
+        self._writer.write_event(Event(wall_time=time.time(), step=int(step), summary=Summary(value=scalars)))
+        self._writer.flush()
+
+    def _open(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._directory.mkdir(parents=True, exist_ok=True)
+        number = sum(1 for _ in self._directory.iterdir())
+        self._writer = EventsWriter(str(self._directory / "events"), filename_suffix=f".{number}")
+        if self._last_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=self._last_step + 1, session_log=start))
+
+    def close(self) -> None:
+        if self._writer is not None and not self._failed:
+            self._writer.close()
