@@ -174,7 +174,7 @@ def _describe_leaves(tree: Any) -> dict[str, str]:
 
     def describe(leaf: Any) -> str:
         if isinstance(leaf, ocp.metadata.ScalarMetadata):
-            return {"b": "bool", "i": "int", "f": "float"}[leaf.dtype.kind]
+            return {"b": "bool", "i": "int", "f": "float"}[np.dtype(leaf.dtype).kind]
         if isinstance(leaf, (bool, int, float)):
             return type(leaf).__name__
         return f"{leaf.dtype}{list(leaf.shape)}"

@@ -176,22 +176,23 @@ class _TensorBoard:
         from tensorboardX.proto.summary_pb2 import Summary
 
         if self._writer is None:
-            self._open()
+            self._writer = self._open()
         numbers = {name: value for name, value in values.items() if value is not None and not isinstance(value, str)}
         scalars = [Summary.Value(tag=name, simple_value=float(value)) for name, value in numbers.items()]
         self._writer.write_event(Event(wall_time=time.time(), step=int(step), summary=Summary(value=scalars)))
         self._writer.flush()
 
-    def _open(self) -> None:
+    def _open(self) -> Any:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._directory.mkdir(parents=True, exist_ok=True)
         number = sum(1 for _ in self._directory.iterdir())
-        self._writer = EventsWriter(str(self._directory / "events"), filename_suffix=f".{number}")
+        writer = EventsWriter(str(self._directory / "events"), filename_suffix=f".{number}")
         if self._last_step is not None:
             start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time.time(), step=self._last_step + 1, session_log=start))
+            writer.write_event(Event(wall_time=time.time(), step=self._last_step + 1, session_log=start))
+        return writer
 
     def close(self) -> None:
         if self._writer is not None and not self._failed:
