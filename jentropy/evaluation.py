@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
 
+_MAX_DRAWS = 2**20  # numbers drawn at once by the bootstrap: bounds its memory
+
 
 class Interval(NamedTuple):
     """A two-sided interval `[low, high]`, in the units of the quantity."""
@@ -118,8 +120,10 @@ def bootstrap_interval(values: ArrayLike, seed: int, *, level: float = 0.95, num
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be >= 1, got {num_resamples!r}")
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(values.size, size=values.size)].mean() for _ in range(num_resamples)]
-    return percentile_interval(means, level)
+    rows = max(1, _MAX_DRAWS // values.size)
+    blocks = [min(rows, num_resamples - start) for start in range(0, num_resamples, rows)]
+    means = [values[rng.integers(values.size, size=(block, values.size))].mean(axis=1) for block in blocks]
+    return percentile_interval(np.concatenate(means), level)
 
 
 def percentile_interval(draws: ArrayLike, level: float) -> Interval:

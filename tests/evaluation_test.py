@@ -122,6 +122,13 @@ def test_bootstrap_interval_is_seeded_and_handles_one_prompt():
     assert bootstrap_interval([0.25], 0) == (0.25, 0.25)
 
 
+def test_bootstrap_interval_of_many_prompts_is_drawn_in_blocks():
+    values = np.random.default_rng(0).normal(size=300_000)
+    low, high = bootstrap_interval(values, 0, num_resamples=40)
+    error = 1 / np.sqrt(values.size)
+    assert values.mean() - 4 * error < low < values.mean() < high < values.mean() + 4 * error
+
+
 def test_bootstrap_interval_refuses_bad_input():
     for values in ([], [[1.0]], [np.nan]):
         with pytest.raises(ValueError, match="values must be"):
