@@ -179,7 +179,12 @@ def diff(old: Sequence[str], new: Sequence[str]) -> str:
 
 
 def identity(config: fdl.Config) -> str:
-    """The sha256 (64 hex digits) of the config with all its defaults, equal in every process.
+    """The sha256 (64 hex digits) of `dump(config)`, equal in every process."""
+    return hashlib.sha256(dump(config).encode()).hexdigest()
+
+
+def dump(config: fdl.Config) -> str:
+    """The config with all its defaults as fiddle's JSON, one text for what builds the same.
 
     The order in which declared arguments were given does not count, nor whether a default was written out. The order
     of mappings and of further keywords does, as in a chain, where it is the order of application.
@@ -193,15 +198,14 @@ def identity(config: fdl.Config) -> str:
         function = fdl.get_callable(node) if isinstance(node, fdl.Buildable) else node
         if isinstance(node, (set, frozenset)):
             raise ConfigError(f"{path}: a set has no stable order, use a tuple")
-        if "<" in show(function) and callable(function):
+        if callable(function) and "<" in show(function):
             raise ConfigError(f"{path}: {show(function)} has no name of its own, use a function of a module")
         if callable(function) and not isinstance(function, (type, types.FunctionType, types.MethodType)):
             _register(function, path)
     try:
-        text = serialization.dump_json(tree)
+        return serialization.dump_json(tree)
     except (serialization.UnserializableValueError, serialization.PyrefPolicyError, ImportError, AttributeError) as e:
         raise ConfigError(f"the config cannot be hashed: {e}") from e
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _register(function: Any, path: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import subprocess
 import sys
 import textwrap
@@ -299,6 +300,7 @@ def test_identity_is_stable_across_processes(tmp_path):
     expected = config_lib.identity(config_lib.load_config(path))
     assert [run.stdout.strip() for run in runs] == [expected, expected], runs[0].stderr
     assert len(expected) == 64
+    assert json.loads(config_lib.dump(config_lib.load_config(path)))["root"]["type"] == "ref"
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ dictionary. Orbax writes into a temporary folder and renames it, so a step is th
 silently to the dtypes it is asked for, so `restore` first compares its template with what the checkpoint says it holds.
 """
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,6 +72,16 @@ class Checkpoints:
         """The newest complete step, None if there is none."""
         return self._manager.latest_step()
 
+    def latest_metadata(self) -> dict[str, Any] | None:
+        """The metadata of the newest step, None if there is none: enough to build the template of its state."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**{_METADATA: ocp.args.JsonRestore()}))[
+                _METADATA
+            ]
+
     def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
         """Writes `state` and `metadata` as `step`.
 
@@ -118,19 +129,23 @@ class Checkpoints:
             wanted = "checkpoint" if step is None else f"step {step}"
             raise CheckpointError(f"no {wanted} in {self.directory}; steps there: {steps or 'none'}")
         abstract = jax.tree.map(_abstract, _storable(template))
-        try:
+        items = {_STATE: ocp.args.StandardRestore(abstract), _METADATA: ocp.args.JsonRestore()}
+        with self._reading(step):
             stored = self._manager.item_metadata(step)[_STATE]
+            if stored is None:
+                raise ValueError("it holds no state")
             self._compare(step, jax.tree.map(_without_keys, abstract), stored.tree)
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{_STATE: ocp.args.StandardRestore(abstract), _METADATA: ocp.args.JsonRestore()}
-                ),
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"step {step} in {self.directory} cannot be read: {error}") from error
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         self._compare(step, abstract, restored[_STATE])
         return restored[_STATE], restored[_METADATA]
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns what Orbax raises for files it cannot read into a CheckpointError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"step {step} in {self.directory} cannot be read: {error}") from error
 
     def _compare(self, step: int, template: Any, found: Any) -> None:
         """Raises unless `found`, the stored metadata or the restored state, has the template's leaves."""

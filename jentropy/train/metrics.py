@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jentropy.train.progress import Progress as Progress
+
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -78,25 +80,26 @@ class MetricsWriter:
     Args:
       directory: created if missing; gets `metrics.jsonl`, `timing.jsonl` and the folder `tensorboard`.
       resume_offset: None for a new run. To resume, the `offset()` that the checkpoint holds (0 if there is none yet):
-        the metrics are truncated there, and timing lines of later steps dropped.
+        the metrics are truncated there.
+      resume_step: the first step that the resumed run writes: timing lines and TensorBoard events from there on are
+        void. By default the one after the last line that the truncation leaves.
 
     Raises:
       FileExistsError: a new run in a folder that has metrics.
       ValueError: the metrics have no line that ends at `resume_offset`.
     """
 
-    def __init__(self, directory: str | Path, resume_offset: int | None = None) -> None:
+    def __init__(self, directory: str | Path, resume_offset: int | None = None, resume_step: int | None = None) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         metrics, timing = directory / "metrics.jsonl", directory / "timing.jsonl"
-        last_step = None
         if resume_offset is not None:
-            last_step = _truncate(metrics, timing, resume_offset)
+            resume_step = _truncate(metrics, timing, resume_offset, resume_step)
         elif metrics.exists() and metrics.stat().st_size:
             raise FileExistsError(f"{metrics} exists: resume the run or choose another folder")
         self._metrics = metrics.open("ab")
         self._timing = timing.open("ab")
-        self._tensorboard = _TensorBoard(directory / "tensorboard", last_step)
+        self._tensorboard = _TensorBoard(directory / "tensorboard", resume_step)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -134,31 +137,31 @@ class MetricsWriter:
         self._tensorboard.close()
 
 
-def _truncate(metrics: Path, timing: Path, offset: int) -> int:
-    """Cuts the metrics at `offset` and drops timing lines of steps after the last one left, which is returned or -1."""
+def _truncate(metrics: Path, timing: Path, offset: int, step: int | None) -> int:
+    """Cuts the metrics at `offset` and drops timing lines from `step` on; returns `step` or what it is by default."""
     kept = metrics.read_bytes()[:offset] if metrics.exists() else b""
     if len(kept) != offset or not (kept or b"\n").endswith(b"\n"):
         raise ValueError(f"{metrics} has no line that ends at byte {offset}, where the checkpoint says it does")
     if metrics.exists():
         os.truncate(metrics, offset)
-    last_step = max((row["step"] for row in read_metrics(metrics)), default=-1)
+    first = max((row["step"] + 1 for row in read_metrics(metrics)), default=0) if step is None else step
     if timing.exists():
         lines = [(line, _parse(line)) for line in timing.read_bytes().splitlines()]
         replacement = timing.with_suffix(".tmp")
-        replacement.write_bytes(b"".join(line + b"\n" for line, row in lines if row and row["step"] <= last_step))
+        replacement.write_bytes(b"".join(line + b"\n" for line, row in lines if row and row["step"] < first))
         replacement.replace(timing)
-    return last_step
+    return first
 
 
 class _TensorBoard:
     """Scalars as TensorBoard events, written at once; the first failure is a warning and ends it.
 
-    The file is opened at the first write. On resume, events after `last_step` are marked as void.
+    The file is opened at the first write. On resume, events from `resume_step` on are marked as void.
     """
 
-    def __init__(self, directory: Path, last_step: int | None) -> None:
+    def __init__(self, directory: Path, resume_step: int | None) -> None:
         self._directory = directory
-        self._last_step = last_step
+        self._resume_step = resume_step
         self._writer: Any = None
         self._failed = False
 
@@ -189,9 +192,9 @@ class _TensorBoard:
         self._directory.mkdir(parents=True, exist_ok=True)
         number = sum(1 for _ in self._directory.iterdir())
         writer = EventsWriter(str(self._directory / "events"), filename_suffix=f".{number}")
-        if self._last_step is not None:
+        if self._resume_step is not None:
             start = SessionLog(status=SessionLog.START)
-            writer.write_event(Event(wall_time=time.time(), step=self._last_step + 1, session_log=start))
+            writer.write_event(Event(wall_time=time.time(), step=self._resume_step, session_log=start))
         return writer
 
     def close(self) -> None:

@@ -69,11 +69,12 @@ def test_round_trip_into_a_new_manager(tmp_path):
     state = make_state()
     metadata = {"metrics_offset": 123, "config": "ab", "nested": [1, 2.5, None]}
     with Checkpoints(tmp_path / "a" / "b") as checkpoints:
-        assert checkpoints.latest_step() is None
+        assert checkpoints.latest_step() is None and checkpoints.latest_metadata() is None
         checkpoints.save(2, state, metadata)
         checkpoints.save(10, make_state(1), {})
     with Checkpoints(tmp_path / "a" / "b") as checkpoints:
         assert (checkpoints.latest_step(), checkpoints.all_steps()) == (10, [2, 10])
+        assert checkpoints.latest_metadata() == {}
         restored, found = checkpoints.restore(2, make_state(5))
         assert_same(restored, state)
         assert found == metadata
@@ -82,6 +83,14 @@ def test_round_trip_into_a_new_manager(tmp_path):
         newest, found = checkpoints.restore(None, abstract(state))
         assert_same(newest, make_state(1))
         assert found == {}
+
+
+def test_save_and_restore_under_a_transfer_guard(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints, jax.transfer_guard("disallow"):
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(1, state)
+    assert_same(restored, state)
 
 
 def test_only_the_newest_steps_are_kept(tmp_path):
@@ -182,6 +191,9 @@ def test_damaged_files_are_reported(tmp_path):
         (tmp_path / "1" / "state" / "manifest.ocdbt").write_bytes(b"torn")
         with pytest.raises(CheckpointError, match=r"step 1 in .* cannot be read"):
             checkpoints.restore(1, {"x": jnp.zeros(2)})
+        (tmp_path / "1" / "metadata" / "metadata").write_bytes(b"{")
+        with pytest.raises(CheckpointError, match=r"step 1 in .* cannot be read"):
+            checkpoints.latest_metadata()
 
 
 def test_an_unwritable_folder_is_named(tmp_path):

@@ -24,10 +24,10 @@ def read_events(directory):
     return events
 
 
-def write_steps(directory, steps, resume_offset=None):
+def write_steps(directory, steps, resume_offset=None, resume_step=None):
     """Writes one line of metrics and timing a step; returns the offset after each."""
     offsets = []
-    with MetricsWriter(directory, resume_offset) as writer:
+    with MetricsWriter(directory, resume_offset, resume_step) as writer:
         for step in steps:
             writer.write(step, {"actor/entropy": 1.0 / (step + 3), "actor/loss": np.float32(0.1) * step})
             writer.write_timing(step, {"seconds": 0.5})
@@ -78,6 +78,14 @@ def test_resume_from_the_beginning_and_in_an_empty_folder(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0]
     assert [row["step"] for row in read_metrics(tmp_path / "timing.jsonl")] == [0]
     assert write_steps(tmp_path / "new", range(2), resume_offset=0)[0] > 0
+
+
+def test_resume_step_voids_timing_and_events_from_there_on(tmp_path):
+    offsets = write_steps(tmp_path, range(4))
+    write_steps(tmp_path, [1], resume_offset=offsets[1], resume_step=1)
+    assert [row["step"] for row in read_metrics(tmp_path / "timing.jsonl")] == [0, 1]
+    events = read_events(tmp_path / "tensorboard")
+    assert [e.step for e in events if e.session_log.status == SessionLog.START] == [1]
 
 
 def test_a_new_run_does_not_overwrite_and_a_lost_file_is_noticed(tmp_path):

@@ -24,8 +24,22 @@ def test_a_terminal_gets_a_bar():
     assert "25/25" in text and "reward 0.250 entropy 0.500" in text
 
 
-def test_elsewhere_it_is_silent():
+def test_elsewhere_it_is_silent_and_quiet_is_silent_everywhere():
     assert run(io.StringIO()) == ""
+    assert run(Terminal(), quiet=True) == ""
+    assert run(io.StringIO(), force=True, quiet=True) == ""
+
+
+def test_notes_go_where_the_steps_go():
+    for file, kwargs, expected in (
+        (Terminal(), {}, True),
+        (Terminal(), {"quiet": True}, False),
+        (io.StringIO(), {}, False),
+        (io.StringIO(), {"force": True}, True),
+    ):
+        with Progress(3, file=file, **kwargs) as bar:
+            bar.note("warm start done")
+        assert ("warm start done\n" in file.getvalue()) == expected
 
 
 def test_forced_it_prints_a_line_every_few_steps():
