@@ -5,6 +5,7 @@ Hyper-parameters are read from the file; one that is absent has the default of i
 """
 
 import fnmatch
+import functools
 import json
 import os
 import re
@@ -87,9 +88,11 @@ class Case:
     def plan(self, mechanism):
         return update(mechanism, self.signals, self.advantage)
 
+    def normaliser(self, mode):
+        return make_normaliser(mode, self.hp.get("loss_scale_factor", self.mask.shape[1]))
+
     def evaluate(self, plan, mode, *, surrogate=surrogates.ratio, terms=None):
-        normaliser = make_normaliser(mode, self.hp.get("loss_scale_factor", self.mask.shape[1]))
-        return loss_and_gradient(plan, self.signals, surrogate=surrogate, normaliser=normaliser, terms=terms)
+        return loss_and_gradient(plan, self.signals, surrogate=surrogate, normaliser=self.normaliser(mode), terms=terms)
 
     def check(self, value, gradient, key, scale=1.0):
         """Compares with `loss<key>` and `grad<key>`; a NaN there, from an empty mask, is 0 here."""
@@ -158,7 +161,7 @@ def check_clip_cov(golden, precision):
     hp = {k: case.hp[k] for k in ("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub")}
     mechanism = clip_cov.clip_cov(**hp)
     before, state = case.plan(clip_range_of(case.hp)), mechanism.init()
-    candidate = np.asarray(clip_cov.candidates(before, state, case.signals))
+    candidate = np.asarray(jax.jit(clip_cov.candidates)(before, state, case.signals))
     count = int(clip_cov.num_selected(state, case.signals.batch.loss_mask, jnp.asarray(candidate)))
     selected, order = golden[f"selected_mask_{precision}"] > 0, golden[f"perm_{precision}"]
     assert candidate.sum() == len(order)
@@ -177,13 +180,14 @@ def check_kl_cov(golden, precision):
     """With one advantage everywhere the source penalises tokens picked by rounding noise; here none is."""
     case = Case(golden, precision)
     constant = case.mask.any() and np.ptp(golden["advantages"][case.mask]) == 0
+    mechanism = kl_cov.kl_cov(
+        kl_cov_ratio=case.hp["kl_cov_ratio"], ppo_kl_coef=case.hp["ppo_kl_coef"], normaliser=normalisers.token_sum
+    )
+    plan = case.plan(mechanism)
     for mode in case.modes():
-        normaliser = make_normaliser(mode, case.hp.get("loss_scale_factor", case.mask.shape[1]))
-        mechanism = kl_cov.kl_cov(
-            kl_cov_ratio=case.hp["kl_cov_ratio"], ppo_kl_coef=case.hp["ppo_kl_coef"], normaliser=normaliser
-        )
-        plan = case.plan(mechanism)
-        value, gradient, metrics = case.evaluate(plan, mode, terms=mechanism.terms)
+        weight = case.normaliser(mode)(plan.counted, case.signals.batch)
+        weighted = plan.replace(terms={"abs_log_ratio": plan.terms["abs_log_ratio"] * weight})
+        value, gradient, metrics = case.evaluate(weighted, mode, terms=mechanism.terms)
         if constant:
             bare, bare_gradient, _ = case.evaluate(plan.replace(terms={}), mode)
             assert not np.any(plan.terms["abs_log_ratio"])
@@ -282,6 +286,11 @@ def check_aggregation_in_two_sources(golden, precision):
             close(total * factor, theirs, tolerance)
 
 
+@functools.cache
+def _advantage(function):
+    return jax.jit(lambda *args: function(*args)[0])
+
+
 def estimate(estimator, rewards, group, mask):
     batch = rollouts(mask, rewards=np.asarray(rewards, np.float64), group=np.unique(group, return_inverse=True)[1])
     if np.isnan(rewards).any():
@@ -289,7 +298,7 @@ def estimate(estimator, rewards, group, mask):
         batch = batch.replace(
             row_data={"is_valid": jnp.asarray(~np.isnan(np.reshape(rewards, (len(mask), -1))).all(1))}
         )
-    return np.asarray(jax.jit(estimator.estimate)(batch, estimator.init())[0])
+    return np.asarray(_advantage(estimator.estimate)(batch, estimator.init()))
 
 
 def check_group_rows(ours, theirs, group, tolerance=1e-12):
@@ -428,6 +437,7 @@ def check_full_divergence(golden, precision):
     batch = rollouts(np.ones(logits.shape[:2], bool))
     advantage = jnp.zeros(logits.shape[:2])
 
+    @jax.jit
     def value(z):
         return features.kl(z, ref)
 
@@ -437,7 +447,7 @@ def check_full_divergence(golden, precision):
         term = mechanism.terms["reference_kl"]({"reference_kl": value(z)}, plan, batch)
         return jnp.sum(plan.terms["reference_kl"] * term), term
 
-    (_, term), gradient = jax.value_and_grad(loss, has_aux=True)(logits)
+    (_, term), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(logits)
     close(term, golden["reverse_kl"], 1e-12)
     close(gradient, golden["grad_reverse_kl"], 1e-12)
 

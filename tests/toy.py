@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jentropy.base import Mechanism, Plan, Rollouts, Signals, Surrogate, initial_plan
+from jentropy.base import Estimator, Mechanism, Plan, Rollouts, Signals, Surrogate, initial_plan
 
 
 def rollouts(loss_mask, *, logp_old=None, rewards=None, group=None, row_id=None, token_data=None, row_data=None):
@@ -53,39 +53,45 @@ def random_batch(seed: int = 0, shape: tuple[int, int] = (6, 10), fill: float = 
     return batch, signals(batch, log_prob=log_prob, entropy=entropy), advantage
 
 
+@functools.cache
+def _jitted(function):
+    """Equal functions share one compilation even when the first of them is no longer alive."""
+    return jax.jit(function)
+
+
 def update(mechanism: Mechanism, signals_: Signals, advantage, key=0, plan: Plan | None = None) -> Plan:
     """The plan that a mechanism makes of an initial one, jitted."""
     plan = initial_plan(signals_.batch, advantage) if plan is None else plan
-    return jax.jit(mechanism.update)(plan, mechanism.init(), signals_, jax.random.key(key))[0]
+    return _jitted(mechanism.update)(plan, mechanism.init(), signals_, jax.random.key(key))[0]
 
 
-def loss(quantities, plan: Plan, batch: Rollouts, *, surrogate: Surrogate, normaliser, terms):
-    """`Σ w · surrogate + Σ c · term`, as the training step has it; returns it with the surrogate's metrics."""
-    weight = plan.pg_weight * normaliser(plan.counted, batch)
-    token_loss, metrics = surrogate(quantities, plan, batch)
-    total = jnp.sum(weight * token_loss)
-    for name, coefficient in plan.terms.items():
-        total += jnp.sum(coefficient * dict(terms)[name](quantities, plan, batch))
-    return total, metrics
+def estimate(estimator: Estimator, batch: Rollouts):
+    """`(advantage [B, T], metrics)` of an estimator, jitted."""
+    advantage, _, metrics, _ = _jitted(estimator.estimate)(batch, estimator.init())
+    return jax.tree.map(np.asarray, (advantage, metrics))
 
 
-@functools.partial(jax.jit, static_argnames=("surrogate", "normaliser", "terms"))
-def _value_and_grad(scores, plan, batch, *, surrogate, normaliser, terms):
-    def of_log_prob(log_prob):
+@functools.partial(jax.jit, static_argnames=("surrogate", "terms"))
+def _value_and_grad(scores, plan, weight, batch, *, surrogate, terms):
+    def loss(log_prob):
         quantities = {**scores, "log_prob": log_prob}
-        return loss(quantities, plan, batch, surrogate=surrogate, normaliser=normaliser, terms=terms)
+        token_loss, metrics = surrogate(quantities, plan, batch)
+        total = jnp.sum(weight * token_loss)
+        for name, coefficient in plan.terms.items():
+            total += jnp.sum(coefficient * dict(terms)[name](quantities, plan, batch))
+        return total, metrics
 
-    return jax.value_and_grad(of_log_prob, has_aux=True)(scores["log_prob"])
+    return jax.value_and_grad(loss, has_aux=True)(scores["log_prob"])
 
 
 def loss_and_gradient(plan: Plan, signals_: Signals, *, surrogate: Surrogate, normaliser, terms=None):
-    """`(loss, d loss / d log_prob [B, T], metrics)` at the scores of the plan, as NumPy numbers."""
+    """Of `Σ w · surrogate + Σ c · term`: `(loss, d loss / d log_prob [B, T], surrogate's metrics)`, NumPy numbers."""
     (value, metrics), gradient = _value_and_grad(
         signals_.scores,
         plan.replace(metrics={}),
+        plan.pg_weight * normaliser(plan.counted, signals_.batch),
         signals_.batch,
         surrogate=surrogate,
-        normaliser=normaliser,
         terms=tuple(sorted((terms or {}).items())),
     )
     return jax.tree.map(np.asarray, (value, gradient, metrics))
