@@ -12,6 +12,7 @@ References: the online sum is that of arXiv 1805.02867; verl 0.9.1 (`linear_cros
 quantities in kernels; TRL 1.16's chunked head drops the gradient of the entropy.
 """
 
+import math
 from typing import NamedTuple
 
 import chex
@@ -110,7 +111,7 @@ def pair_scores(
       unembed_other: `[V, E]` float.
       temperature: scalar or `[...]`, above 0, of both; not differentiated.
       vocab_mask: optional bool `[V]`, False for ids that neither can produce.
-      num_chunks: as in `linear_scores`.
+      num_chunks: as in `linear_scores`; by default in chunks of half the size, since more arrays are alive at once.
 
     Returns:
       `PairScores`; `kl` and `reverse_kl` send gradients to all four arrays, `entropy` to the first pair, `covariance`
@@ -120,7 +121,8 @@ def pair_scores(
     chex.assert_equal_shape_prefix([hidden, hidden_other], len(leading))
     chex.assert_equal_shape_prefix([unembed, unembed_other], 1)
     if num_chunks is None:
-        num_chunks = default_num_chunks(hidden.size // hidden.shape[-1], unembed.shape[0])
+        rows = math.prod(leading)
+        num_chunks = default_num_chunks(rows, unembed.shape[0], chunk_size=2048)
     p = make_head(hidden, unembed, None, temperature, vocab_mask, num_chunks)
     q = make_head(hidden_other, unembed_other, None, temperature, vocab_mask, num_chunks)
     return PairScores(*(x.reshape(leading) for x in _pair_scores(p, q)))
@@ -134,7 +136,9 @@ def _linear_scores(head: Head, tokens: Array) -> Scores:
 def _linear_forward(head: Head, tokens: Array) -> tuple[Scores, tuple]:
     def chunk(i: Array | int) -> tuple[Moments, Array]:
         z = head.logits(i)
-        return Moments.of(z), jnp.where(head.hits(tokens, i), z, 0.0).sum(1)
+        column = jnp.clip(tokens // head.num_chunks, 0, z.shape[1] - 1)
+        logit = jnp.take_along_axis(z, column[:, None], axis=1, mode="promise_in_bounds")[:, 0]
+        return Moments.of(z), jnp.where(tokens % head.num_chunks == i, logit, 0.0)
 
     def step(carry: tuple[Moments, Array], i: Array | int) -> tuple[Moments, Array]:
         moments, logit = chunk(i)

@@ -15,20 +15,19 @@ import jax.numpy as jnp
 from jentropy.base import Array, require
 from jentropy.features import LOG_ZERO, statistic_dtype
 
-_CHUNK_SIZE = 4096  # ids: a vocabulary up to this size is one chunk, a larger one is cut to at most this
 
-
-def default_num_chunks(num_rows: int, vocab_size: int) -> int:
-    """Cuts V into chunks of at most 4096 ids, preferring a divisor of V that leaves at least 1024 (no padding).
+def default_num_chunks(num_rows: int, vocab_size: int, *, chunk_size: int = 4096) -> int:
+    """Cuts V into chunks of at most `chunk_size` ids, preferring a divisor of V (no padding) down to a quarter of it.
 
     Args:
       num_rows: N; a call whose logits are small altogether (N · V <= 2^20) is one chunk.
       vocab_size: V.
+      chunk_size: largest number of ids in a chunk.
     """
-    smallest = -(-vocab_size // _CHUNK_SIZE)
+    smallest = -(-vocab_size // chunk_size)
     if smallest == 1 or num_rows * vocab_size <= 2**20:
         return 1
-    candidates = range(smallest, vocab_size // (_CHUNK_SIZE // 4) + 1)
+    candidates = range(smallest, 4 * vocab_size // chunk_size + 1)
     return next((c for c in candidates if vocab_size % c == 0), smallest)
 
 
