@@ -2,7 +2,8 @@
 
 Chunk i holds the ids v with `v % num_chunks == i`. With such strided chunks an unembedding whose vocabulary is sharded
 is never gathered: every device works on its own ids of each chunk, and only per-row statistics and `[N, D]` gradients
-are reduced. This is plain global-view code and names no mesh axis.
+are reduced. This is plain global-view code and names no mesh axis; inside `jax.shard_map` it needs `check_vma=False`
+(a custom rule does not follow which arrays vary over the mesh).
 """
 
 from collections.abc import Callable
