@@ -9,7 +9,19 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jentropy.base import Array, Mechanism, Normaliser, Output, Plan, Quantities, Rollouts, Signals, State, Term, require
+from jentropy.base import (
+    Array,
+    Mechanism,
+    Normaliser,
+    Output,
+    Plan,
+    Quantities,
+    Rollouts,
+    Signals,
+    State,
+    Term,
+    require,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jentropy.data.source import Prompts
 from jentropy.data.task import Task
 from jentropy.rewards.base import TextReward, grade_text
 from jentropy.rollout.iid import RolloutSpec
-from jentropy.train.programs import EVALUATION, make_rollout
+from jentropy.train.programs import make_rollout
 from jentropy.train.sharding import replicated, row_sharding
 
 _CALLS = 1024
@@ -35,9 +35,9 @@ def grade_on_host(task: Task, rollouts: Rollouts, prompts: Prompts) -> Rollouts:
     group_size = tokens.shape[0] // prompts.tokens.shape[0]
     rewards, valid = np.array(rewards), np.zeros(rewards.shape, bool)
     valid[:, [i for i in range(rewards.shape[1]) if i not in columns]] = True
-    prompt_text = [task.tokenizer.decode(row[:n]) for row, n in zip(prompts.tokens, prompts.length)]
-    texts = [text for text in prompt_text for _ in range(group_size)]
-    completions = [task.tokenizer.decode(row[keep]) for row, keep in zip(tokens, mask)]
+    columns_of_prompt = np.arange(prompts.tokens.shape[1])[None, :] < prompts.length[:, None]
+    texts = np.repeat(task.tokenizer.decode_rows(prompts.tokens, columns_of_prompt), group_size).tolist()
+    completions = task.tokenizer.decode_rows(tokens, mask)
     fields = {name: np.repeat(value, group_size).tolist() for name, value in prompts.fields.items()}
     for i in columns:
         rewards[:, i], valid[:, i] = grade_text(task.rewards[i], texts, completions, fields)
@@ -51,6 +51,10 @@ def grade_on_host(task: Task, rollouts: Rollouts, prompts: Prompts) -> Rollouts:
 def total_reward(task: Task, rewards: np.ndarray) -> np.ndarray:
     """The weighted sum `[B]` of reward columns `[B, R]`."""
     return rewards @ np.array([reward.weight for reward in task.rewards], rewards.dtype)
+
+
+def _rows(prompts: Prompts, start: int, stop: int) -> Prompts:
+    return jax.tree.map(lambda x: x[start:stop], prompts)
 
 
 class Evaluator:
@@ -87,11 +91,11 @@ class Evaluator:
 
     def _sample(self, params: Any, key: Array, step: int, greedy: bool) -> tuple[np.ndarray, ...]:
         """Rewards, entropy sums, lengths and truncation, `[P, n]` each."""
-        rollout = make_rollout(self._policy, self._spec(greedy), EVALUATION, self._mesh)
+        rollout = make_rollout(self._policy, self._spec(greedy), self._mesh)
         found = []
         for call in range(self._calls):
-            part = Prompts(*jax.tree.map(lambda x: x[call * self._batch : (call + 1) * self._batch], self._prompts))
-            index = jax.device_put(np.uint32(step * _CALLS + call), replicated(self._mesh))
+            part = _rows(self._prompts, call * self._batch, (call + 1) * self._batch)
+            index = jax.device_put(np.int32(step * _CALLS + call), replicated(self._mesh))
             rows, entropy = rollout(params, key, index, *put_prompts(part, self._mesh))
             rows = grade_on_host(self._task, rows, part)
             mask, rewards, entropy, truncated = jax.device_get(
@@ -136,7 +140,7 @@ class Evaluator:
         found = {f"val/reward/mean@{n}/low": low, f"val/reward/mean@{n}/high": high}
         for k in [2**i for i in range(n.bit_length())]:
             if k <= n:
-                per_prompt = np.array([evaluation.pass_at_k(n, int(c), k) for c in num_correct])
+                per_prompt = evaluation.pass_at_k(n, num_correct, k)
                 low, high = evaluation.bootstrap_interval(per_prompt, seed=0)
                 found |= {f"val/pass@{k}": float(per_prompt.mean())}
                 found |= {f"val/pass@{k}/low": low, f"val/pass@{k}/high": high}

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jentropy.base import require
@@ -49,27 +52,51 @@ class AdamW:
         require(0 <= self.final_fraction <= 1, "final_fraction", self.final_fraction, "in [0, 1]")
 
 
-def _schedule(config: AdamW) -> optax.Schedule:
-    peak = config.learning_rate
+def _relative_schedule(config: AdamW) -> optax.Schedule:
+    """The learning rate over its peak, by update."""
     if config.decay_steps:
         return optax.warmup_cosine_decay_schedule(
-            0.0 if config.warmup_steps else peak,
-            peak,
-            config.warmup_steps,
-            config.decay_steps,
-            end_value=peak * config.final_fraction,
+            0.0 if config.warmup_steps else 1.0, 1.0, config.warmup_steps, config.decay_steps, config.final_fraction
         )
     if config.warmup_steps:
-        return optax.linear_schedule(0.0, peak, config.warmup_steps)
-    return optax.constant_schedule(peak)
+        return optax.linear_schedule(0.0, 1.0, config.warmup_steps)
+    return optax.constant_schedule(1.0)
 
 
 @functools.lru_cache
-def make_optimizer(config: AdamW) -> optax.GradientTransformation:
-    """The optax transformation of `config`; equal settings give the same object."""
+def _transformation(config: AdamW) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            _schedule(config), b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay
-        ),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_schedule(_relative_schedule(config)),
+        optax.inject_hyperparams(optax.scale)(step_size=-1.0),
     )
+
+
+def compiled_part(config: AdamW) -> AdamW:
+    """What of `config` is compiled into a step: all but the peak learning rate, which is part of the state."""
+    return dataclasses.replace(config, learning_rate=1.0)
+
+
+def make_optimizer(config: AdamW) -> optax.GradientTransformation:
+    """The optax transformation; settings that differ in the learning rate only give the same object.
+
+    Its state starts at a learning rate of 1: use `init_optimizer`.
+    """
+    return _transformation(compiled_part(config))
+
+
+def init_optimizer(config: AdamW, params: Any) -> Any:
+    """The optimizer's state for `params`, at the peak learning rate of `config`."""
+    with jax.numpy_dtype_promotion("standard"):
+        *rest, scale = make_optimizer(config).init(params)
+    step_size = jnp.full_like(scale.hyperparams["step_size"], -config.learning_rate)
+    return (*rest, scale._replace(hyperparams={"step_size": step_size}))
+
+
+def apply_optimizer(config: AdamW, gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    """One update: returns new parameters and state."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = make_optimizer(config).update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state

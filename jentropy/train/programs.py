@@ -12,42 +12,39 @@ from jax.sharding import Mesh
 from jentropy import head
 from jentropy.base import Array, Policy, Rollouts
 from jentropy.rollout.iid import RolloutSpec, iid_rollouts
-from jentropy.train.optimizer import AdamW, make_optimizer
+from jentropy.train.optimizer import AdamW, apply_optimizer
 from jentropy.train.sharding import constrain_rows
 
-SAMPLING, UPDATES, EVALUATION = range(3)
-"""First word folded into the run's key, by purpose."""
-
-
-def stream(key: Array, purpose: int, step: Array) -> Array:
-    """The key of a purpose at a step: `fold_in(fold_in(key, purpose), step)`."""
-    return jax.random.fold_in(jax.random.fold_in(key, purpose), step)
+SAMPLING, EVALUATION = 0, 2
+"""What is folded into the run's key, by purpose; 1 is that of updates."""
 
 
 @functools.lru_cache
-def make_rollout(policy: Policy, spec: RolloutSpec, purpose: int, mesh: Mesh) -> Callable[..., tuple[Rollouts, Array]]:
-    """The jitted `(params, key, step, prompts, length, fields) -> (rollouts, entropy [B, T])`.
+def make_rollout(policy: Policy, spec: RolloutSpec, mesh: Mesh) -> Callable[..., tuple[Rollouts, Array]]:
+    """The jitted `(params, key, index, prompts, length, fields) -> (rollouts, entropy [B, T])`.
+
+    The randomness is that of `fold_in(key, index)`; `key` is the run's with a purpose folded in.
 
     Args:
       policy: the model.
       spec: what to sample.
-      purpose: the stream of randomness, `SAMPLING` or `EVALUATION`.
       mesh: devices; prompts are sharded over its rows.
     """
 
     @jax.jit
     def rollout(
-        params: Any, key: Array, step: Array, prompts: Array, length: Array, fields: Mapping[str, Array]
+        params: Any, key: Array, index: Array, prompts: Array, length: Array, fields: Mapping[str, Array]
     ) -> tuple[Rollouts, Array]:
         rows = constrain_rows((prompts, length, fields), mesh)
-        return constrain_rows(iid_rollouts(policy, params, *rows, stream(key, purpose, step), spec=spec), mesh)
+        key = jax.random.fold_in(key, index)
+        return constrain_rows(iid_rollouts(policy, params, *rows, key, spec=spec), mesh)
 
     return rollout
 
 
 @functools.lru_cache
 def make_supervised_step(policy: Policy, optimizer: AdamW, mesh: Mesh) -> Callable[..., tuple[Any, Any, Array]]:
-    """The jitted `(params, opt_state, tokens [B, T], weight [B, T]) -> (params, opt_state, loss)`; the first two donated.
+    """The jitted `(params, opt_state, tokens [B, T], weight [B, T]) -> (params, opt_state, loss)`; donates two.
 
     The loss is `-Σ weight · log π / Σ weight`, nats per token. A step whose loss or gradient is not finite changes
     nothing.
@@ -64,13 +61,10 @@ def make_supervised_step(policy: Policy, optimizer: AdamW, mesh: Mesh) -> Callab
         tokens, weight = constrain_rows((tokens, weight), mesh)
         loss, gradient = jax.value_and_grad(loss_of)(params, tokens, weight)
 
-        def apply() -> tuple[Any, Any]:
-            with jax.numpy_dtype_promotion("standard"):
-                updates, new = make_optimizer(optimizer).update(gradient, opt_state, params)
-                return optax.apply_updates(params, updates), new
-
         ok = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
-        params, opt_state = jax.lax.cond(ok, apply, lambda: (params, opt_state))
+        params, opt_state = jax.lax.cond(
+            ok, lambda: apply_optimizer(optimizer, gradient, opt_state, params), lambda: (params, opt_state)
+        )
         return params, opt_state, loss
 
     return supervised_step

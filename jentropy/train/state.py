@@ -10,7 +10,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from jentropy.base import Array, Objective, Policy, State
-from jentropy.train.optimizer import AdamW, make_optimizer
+from jentropy.train.optimizer import AdamW, init_optimizer, make_optimizer
 from jentropy.train.sharding import param_shardings, replicated
 
 
@@ -41,7 +41,9 @@ class TrainState:
     key: Array
 
 
-def new_stage(params: Any, step: Array, key: Array, objective: Objective, optimizer: AdamW, reference: bool) -> TrainState:
+def new_stage(
+    params: Any, step: Array, key: Array, objective: Objective, optimizer: AdamW, reference: bool
+) -> TrainState:
     """The state in which a stage starts: its own optimizer, mechanism and estimator state.
 
     Args:
@@ -52,12 +54,10 @@ def new_stage(params: Any, step: Array, key: Array, objective: Objective, optimi
       optimizer: the stage's optimizer.
       reference: whether to keep the parameters as the frozen reference policy.
     """
-    with jax.numpy_dtype_promotion("standard"):
-        opt_state = make_optimizer(optimizer).init(params)
     return TrainState(
         step=step,
         params=params,
-        opt_state=opt_state,
+        opt_state=init_optimizer(optimizer, params),
         mechanism_state=objective.mechanisms.init(),
         estimator_state=objective.estimator.init(),
         frozen={"reference": jax.tree.map(jnp.copy, params)} if reference else {},

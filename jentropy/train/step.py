@@ -31,11 +31,13 @@ from jentropy.base import (
     Term,
     initial_plan,
 )
-from jentropy.train.optimizer import AdamW, make_optimizer
-from jentropy.train.programs import UPDATES, stream
-from jentropy.train.scoring import Scorer, from_micro, make_scorer, score_rows, to_micro
+from jentropy.train.optimizer import AdamW, apply_optimizer, compiled_part
+from jentropy.train.scoring import Scorer, make_scorer, score_rows, to_micro
 from jentropy.train.sharding import constrain_rows
-from jentropy.train.state import TrainState
+from jentropy.train.state import TrainState, state_shardings
+
+UPDATES = 1
+"""What of the run's key is folded in for the randomness of updates; see also `programs`."""
 
 Gradient: TypeAlias = tuple[Any, Array, Metrics]
 """(gradient of the parameters, loss scalar, metrics)."""
@@ -93,7 +95,7 @@ def make_spec(
         surrogate=objective.surrogate,
         normaliser=objective.normaliser,
         temperature=objective.temperature,
-        optimizer=optimizer,
+        optimizer=compiled_part(optimizer),
         reference=reference,
         num_minibatches=num_minibatches,
         num_epochs=num_epochs,
@@ -133,7 +135,9 @@ def plan_update(spec: StepSpec, state: Any, signals: Signals, advantage: Array, 
     return plan, weight, state
 
 
-def loss(spec: StepSpec, q: Quantities, plan: Plan, weight: Array, rows: Rollouts, first: Array) -> tuple[Array, Metrics]:
+def loss(
+    spec: StepSpec, q: Quantities, plan: Plan, weight: Array, rows: Rollouts, first: Array
+) -> tuple[Array, Metrics]:
     """The loss of some rows: a sum over their tokens of `q` alone.
 
     Args:
@@ -168,7 +172,9 @@ def _add(a: Any, b: Any) -> Any:
 Pullback: TypeAlias = Callable[[Callable[..., Any], Any], Gradient]
 
 
-def forward(spec: StepSpec, params: Any, frozen: Mapping[str, Any], rows: Rollouts) -> tuple[dict[str, Array], Pullback]:
+def forward(
+    spec: StepSpec, params: Any, frozen: Mapping[str, Any], rows: Rollouts
+) -> tuple[dict[str, Array], Pullback]:
     """Scores the rows of an update, and returns how to get the gradient of a loss of those scores.
 
     With one micro-batch plan and gradient share one forward pass; with several, all rows are scored first and the
@@ -205,12 +211,6 @@ def _all_finite(tree: Any) -> Array:
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _apply(spec: StepSpec, gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = make_optimizer(spec.optimizer).update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-
 class _Carry(NamedTuple):
     params: Any
     opt_state: Any
@@ -238,7 +238,9 @@ def _update(
     gradient, value, metrics = pull(loss_of, (plan.replace(metrics={}), weight, rows))
     ok = _all_finite((value, gradient)) & jnp.any(rows.loss_mask)
     params, opt_state = jax.lax.cond(
-        ok, lambda: _apply(spec, gradient, carry.opt_state, carry.params), lambda: (carry.params, carry.opt_state)
+        ok,
+        lambda: apply_optimizer(spec.optimizer, gradient, carry.opt_state, carry.params),
+        lambda: (carry.params, carry.opt_state),
     )
     mechanism_state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), mechanism_state, carry.mechanism_state)
     one = jnp.ones((), value.dtype)
@@ -317,10 +319,9 @@ def _several(
     def body(carry: _Carry, xs: tuple[Array, Array]) -> tuple[_Carry, Metrics]:
         index, chosen = xs
         part, part_advantage = constrain_rows(jax.tree.map(lambda x: x[chosen], (rows, advantage)), mesh)
+        part = part.replace(group=jnp.arange(chosen.shape[0], dtype=jnp.int32) // (rows.group.shape[0] // num_groups))
         update_key = jax.random.fold_in(plan_key, index)
-        carry, metrics, _ = _update(
-            spec, state, carry, part, index, update_key, lambda r, _: (r, part_advantage, None)
-        )
+        carry, metrics, _ = _update(spec, state, carry, part, index, update_key, lambda r, _: (r, part_advantage, None))
         return carry, metrics
 
     start = _Carry(state.params, state.opt_state, state.mechanism_state)
@@ -351,12 +352,13 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, rollouts: Rollouts) -> tuple[TrainState, Metrics]:
         rows = _with_reference(spec, state, select_valid(constrain_rows(rollouts, mesh)))
-        key = stream(state.key, UPDATES, state.step)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, UPDATES), state.step)
         if spec.num_updates == 1:
             carry, metrics, estimator_state = _single(spec, state, rows, key)
         else:
             carry, metrics, estimator_state = _several(spec, state, rows, key, num_groups, mesh)
         state = state.replace(**carry._asdict(), estimator_state=estimator_state, step=state.step + 1)
-        return state, metrics
+        shardings = state_shardings(spec.policy, mesh, spec.optimizer, state)
+        return jax.lax.with_sharding_constraint(state, shardings), metrics
 
     return train_step
