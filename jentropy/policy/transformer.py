@@ -23,8 +23,8 @@ class Cache(NamedTuple):
     """Keys (rotated) and values of the tokens read so far; axis 1 is the row in every leaf.
 
     Attributes:
-      key: `[L, B, C, K, H]`.
-      value: `[L, B, C, K, H]`.
+      key: `[L, B, K, C, H]`: heads before slots, so that decoding reads them without a transpose.
+      value: `[L, B, K, C, H]`.
     """
 
     key: Array
@@ -104,6 +104,15 @@ def _logical(init, *names: str | None):
     return nn.with_logical_partitioning(init, names)
 
 
+def _linear(x: Array, kernel: Array, num_in: int = 1) -> Array:
+    """Contracts the last `num_in` axes of `x` `[B, T, ...]` with the first of `kernel`, as one flat matrix product.
+
+    On a CPU the gradient to the weight of a three-dimensional product would cost transposes of all tokens.
+    """
+    flat = kernel.astype(x.dtype).reshape(int(np.prod(kernel.shape[:num_in])), -1)
+    return (x.reshape(-1, flat.shape[0]) @ flat).reshape(*x.shape[:2], *kernel.shape[num_in:])
+
+
 class RMSNorm(nn.Module):
     """`scale · x / √(mean(x²) + ε)` over the last axis, in float32."""
 
@@ -124,12 +133,21 @@ class Rotation(NamedTuple):
     sine: Array
 
 
-def _rotation(position_BxT: Array, config: TransformerConfig) -> Rotation:
-    """Angles `position · θ^(-2i / H)`; arXiv 2104.09864, eq. 15, with the halves of a head paired as in Llama."""
-    half = config.head_size // 2
-    frequency = np.asarray(config.rope_theta ** (-np.arange(half) / half), np.float32)
-    angle = position_BxT.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
+@functools.lru_cache(maxsize=64)
+def _angles(num_positions: int, head_size: int, theta: float) -> np.ndarray:
+    """`position · θ^(-2i / H)` for positions from 0: `[positions, H / 2]`, rounded to float32 where Llama rounds.
+
+    Reference: arXiv 2104.09864, eq. 15; the two halves of a head are paired, as in the released Llama code.
+    """
+    half = head_size // 2
+    frequency = np.asarray(theta ** (-np.arange(half) / half), np.float32)
+    return np.arange(num_positions, dtype=np.float32)[:, None] * frequency[None, :]
+
+
+def _rotation(num_positions: int, config: TransformerConfig) -> Rotation:
+    """The rotation of positions from 0, as constants: XLA would evaluate sines anew for every row, head and layer."""
+    angle = _angles(num_positions, config.head_size, config.rope_theta)[None]
+    return Rotation(jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle)))
 
 
 def _rotate(x_BxTxNxH: Array, rotation: Rotation) -> Array:
@@ -155,19 +173,21 @@ def _attend(q_BxTxKxGxH: Array, k_BxTxKxH: Array, v_BxTxKxH: Array, window: int 
 
 
 def _attend_cached(q_BxKxGxH, k_BxKxH, v_BxKxH, cache: Cache, position_B: Array, window: int | None) -> Array:
-    """Attention of one new token per row to its cache and itself: `[B, K, G, H]`.
+    """Attention of one new token per row to one layer's cache and itself: `[B, K, G, H]`.
 
-    The new key and value are not in the cache yet, so the layers only read it and it is written once, after them.
+    The new key and value are not in the cache yet: layers only read it, and it is written once, after them.
     """
-    index = jnp.arange(cache.key.shape[1], dtype=jnp.int32)[None, :]
-    position = position_B[:, None]
+    index, position = jnp.arange(cache.key.shape[2], dtype=jnp.int32)[None, :], position_B[:, None]
     visible_BxC = _visible(position, index, window) & (index != position)
-    old = jnp.einsum("bkgh,bckh->bkgc", q_BxKxGxH, cache.key, preferred_element_type=jnp.float32)
+    old = jnp.einsum("bkgh,bkch->bkgc", q_BxKxGxH, cache.key, preferred_element_type=jnp.float32)
     old = jnp.where(visible_BxC[:, None, None, :], old, -jnp.inf)
     new = jnp.einsum("bkgh,bkh->bkg", q_BxKxGxH, k_BxKxH, preferred_element_type=jnp.float32)[..., None]
-    weights = jax.nn.softmax(jnp.concatenate([old, new], axis=-1), axis=-1).astype(v_BxKxH.dtype)
-    mixed = jnp.einsum("bkgc,bckh->bkgh", weights[..., :-1], cache.value)
-    return mixed + weights[..., -1:] * v_BxKxH[:, :, None, :]
+    maximum = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), new)
+    old, new = jnp.exp(old - maximum), jnp.exp(new - maximum)
+    dtype = v_BxKxH.dtype
+    mixed = jnp.einsum("bkgc,bkch->bkgh", old.astype(dtype), cache.value, preferred_element_type=jnp.float32)
+    mixed = mixed + new * v_BxKxH[:, :, None, :].astype(jnp.float32)
+    return (mixed / (jnp.sum(old, axis=-1, keepdims=True) + new)).astype(dtype)
 
 
 class Attention(nn.Module):
@@ -179,14 +199,16 @@ class Attention(nn.Module):
         config = self.config
         shape = (config.width, num, config.head_size)
         kernel = self.param(name, _logical(_fan_in((0,), (1, 2)), "embed", axis, "head"), shape)
-        out = jnp.einsum("btd,dnh->btnh", x_BxTxD, kernel.astype(x_BxTxD.dtype))
+        out = _linear(x_BxTxD, kernel)
         if config.attention_bias:
             bias = self.param(f"{name}_bias", _logical(nn.initializers.zeros, axis, "head"), shape[1:])
             out = out + bias.astype(out.dtype)[None, None]
         return out
 
     @nn.compact
-    def __call__(self, x_BxTxD, cache: Cache | None, position_B, rotation: Rotation) -> tuple[Array, Cache]:
+    def __call__(
+        self, x_BxTxD, cache: Cache | None, position_B: Array | None, rotation: Rotation
+    ) -> tuple[Array, Cache]:
         config = self.config
         q = self._project("query", "heads", x_BxTxD, config.num_heads)
         k = self._project("key", "kv_heads", x_BxTxD, config.num_kv_heads)
@@ -202,7 +224,7 @@ class Attention(nn.Module):
         shape = (config.num_heads, config.head_size, config.width)
         kernel = self.param("output", _logical(_fan_in((0, 1), (2,)), "heads", "head", "embed"), shape)
         mixed = mixed.reshape(*mixed.shape[:2], *shape[:2])
-        return jnp.einsum("btnh,nhd->btd", mixed, kernel.astype(mixed.dtype)), Cache(k, v)
+        return _linear(mixed, kernel, num_in=2), Cache(k, v)
 
 
 class MLP(nn.Module):
@@ -214,10 +236,10 @@ class MLP(nn.Module):
     def __call__(self, x_BxTxD: Array) -> Array:
         width, inner = self.config.width, self.config.mlp_width
         into = _logical(_fan_in((0,), (1,)), "embed", "mlp")
-        gate = self.param("gate", into, (width, inner)).astype(x_BxTxD.dtype)
-        up = self.param("up", into, (width, inner)).astype(x_BxTxD.dtype)
-        down = self.param("down", _logical(_fan_in((0,), (1,)), "mlp", "embed"), (inner, width)).astype(x_BxTxD.dtype)
-        return (nn.silu(x_BxTxD @ gate) * (x_BxTxD @ up)) @ down
+        gate = self.param("gate", into, (width, inner))
+        up = self.param("up", into, (width, inner))
+        down = self.param("down", _logical(_fan_in((0,), (1,)), "mlp", "embed"), (inner, width))
+        return _linear(nn.silu(_linear(x_BxTxD, gate)) * _linear(x_BxTxD, up), down)
 
 
 class Block(nn.Module):
@@ -226,7 +248,9 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, cache: Cache | None, position_B, rotation: Rotation) -> tuple[Array, Cache]:
+    def __call__(
+        self, x_BxTxD, cache: Cache | None, position_B: Array | None, rotation: Rotation
+    ) -> tuple[Array, Cache]:
         config = self.config
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", None, None))
         normed = RMSNorm(config, name="attention_norm")(x_BxTxD)
@@ -241,7 +265,9 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, tokens_BxT: Array, position_BxT: Array, cache: Cache | None = None) -> tuple[Array, Cache]:
+    def __call__(
+        self, tokens_BxT: Array, rotation: Rotation, cache: Cache | None = None, position_B: Array | None = None
+    ) -> tuple[Array, Cache]:
         config = self.config
         shape = (config.vocab_size, config.width)
         normal = nn.initializers.normal(config.embedding_std)
@@ -260,14 +286,14 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = jnp.take(embedding, tokens_BxT, axis=0).astype(config.dtype)
-        x, new = layers(config, name="layers")(x, cache, position_BxT[:, 0], _rotation(position_BxT, config))
+        x, new = layers(config, name="layers")(x, cache, position_B, rotation)
         return RMSNorm(config, name="norm")(x), new
 
 
 def _write(cache: Array, new: Array, position_B: Array) -> Array:
-    """`[L, B, C, K, H]` cache with `new` `[L, B, 1, K, H]` at each row's own slot."""
-    here = jnp.arange(cache.shape[2], dtype=jnp.int32)[None, :] == position_B[:, None]
-    return jnp.where(here[None, :, :, None, None], new, cache)
+    """`[L, B, K, C, H]` cache with `new` `[L, B, 1, K, H]` at each row's own slot."""
+    here_BxC = jnp.arange(cache.shape[3], dtype=jnp.int32)[None, :] == position_B[:, None]
+    return jnp.where(here_BxC[None, :, None, :, None], jnp.swapaxes(new, 2, 3), cache)
 
 
 @functools.lru_cache(maxsize=64)
@@ -284,25 +310,26 @@ def transformer(config: TransformerConfig) -> base.Policy:
       (2, 5, 64)
     """
     module = Transformer(config)
-    one = jnp.zeros((1, 1), jnp.int32)
 
     def boxed(key: Array) -> Any:
-        return module.init(key, one, one)["params"]
+        return module.init(key, jnp.zeros((1, 1), jnp.int32), _rotation(1, config))["params"]
 
     def read(params, tokens):
         chex.assert_rank(tokens, 2)
-        position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        return module.apply({"params": params}, tokens, position)
+        return module.apply({"params": params}, tokens, _rotation(tokens.shape[1], config))
 
     def prefill(params, tokens, capacity):
         room = capacity - tokens.shape[1]
         base.require(room >= 0, "capacity", capacity, f"at least the {tokens.shape[1]} columns of the prompt")
         hidden, cache = read(params, tokens)
-        return hidden, jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), cache)
+        padding = ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))
+        return hidden, jax.tree.map(lambda x: jnp.pad(jnp.swapaxes(x, 2, 3), padding), cache)
 
     def decode(params, token, cache, position):
         chex.assert_rank([token, position], 1)
-        hidden, new = module.apply({"params": params}, token[:, None], position[:, None], cache)
+        table = _rotation(cache.key.shape[3], config)
+        rotation = jax.tree.map(lambda x: jnp.take(x[0], position, axis=0)[:, None], table)
+        hidden, new = module.apply({"params": params}, token[:, None], rotation, cache, position)
         return hidden[:, 0], jax.tree.map(lambda x, y: _write(x, y, position), cache, new)
 
     def logical_axes():
