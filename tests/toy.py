@@ -60,9 +60,10 @@ def _jitted(function):
 
 
 def update(mechanism: Mechanism, signals_: Signals, advantage, key=0, plan: Plan | None = None) -> Plan:
-    """The plan that a mechanism makes of an initial one, jitted."""
+    """The plan that a mechanism makes of an initial one, jitted; its metrics are NumPy numbers."""
     plan = initial_plan(signals_.batch, advantage) if plan is None else plan
-    return _jitted(mechanism.update)(plan, mechanism.init(), signals_, jax.random.key(key))[0]
+    plan, _ = _jitted(mechanism.update)(plan, mechanism.init(), signals_, jax.random.key(key))
+    return plan.replace(metrics=jax.tree.map(np.asarray, plan.metrics))
 
 
 def estimate(estimator: Estimator, batch: Rollouts):
