@@ -31,7 +31,7 @@ ENTROPY = "actor/entropy"
 HELD_OUT_ENTROPY = "val/entropy"
 REWARD = "val/reward/mean@"
 HELD_OUT = {REWARD: "reward, mean@", "val/pass@": "pass@", "val/reward_hard/mean@": "hard prompts, mean@"}
-CONTROL = {"cov/mean": "Covariance of log-probability and advantage", "actor/pg_clipfrac": "Fraction of tokens clipped"}
+CONTROL = {"cov/mean": "Covariance of log π and advantage", "actor/pg_clipfrac": "Fraction of tokens clipped"}
 SMOOTHING = 7
 
 

@@ -21,6 +21,7 @@ from jentropy.base import Policy
 from jentropy.policy.transformer import transformer
 from jentropy.report.plots import run_plot
 from jentropy.rollout.iid import RolloutSpec
+from jentropy.train.allocator import keep_freed_memory
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.compilations import num_compilations
 from jentropy.train.evaluate import Evaluator, grade_on_host, put_prompts
@@ -132,6 +133,7 @@ class Run:
         self.key = jax.device_put(jax.random.key(self.experiment.seed), replicated(self.mesh))
         self._sampling_key, self._eval_key = (jax.random.fold_in(self.key, p) for p in (SAMPLING, EVALUATION))
         self._quiet = quiet
+        self._written = 0.0
         self._evaluator = make_evaluator(
             self.experiment, self.policy, self.mesh, self.experiment.evaluation.num_prompts
         )
@@ -260,7 +262,8 @@ class Run:
                 f"sampler and trainer disagree on log-probabilities by {metrics['sampler/logp_diff_max']:.2e} nats, "
                 f"more than sampler_tolerance = {self.experiment.sampler_tolerance:.2e}"
             )
-        seconds = time.perf_counter() - began
+        now = time.perf_counter()
+        seconds, self._written = now - max(began, self._written), now
         tokens = metrics["response_length/mean"] * stage.num_prompts * stage.num_generations
         self._writer.write(step, {"stage": stage.name, **metrics})
         self._writer.write_timing(step, {"seconds": seconds, "tokens": tokens, "compilations": num_compilations()})
@@ -316,4 +319,6 @@ def evaluate_run(out: Path, config: fdl.Config | None = None) -> dict[str, Any]:
 def train(config: fdl.Config, out: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Runs an experiment config in a folder; returns its final metrics. See `Run`."""
     enable_compilation_cache()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     return Run(config, out, resume=resume, quiet=quiet).run()

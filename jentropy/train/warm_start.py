@@ -22,7 +22,6 @@ from jentropy.train.optimizer import compiled_part, init_optimizer
 from jentropy.train.programs import make_supervised_step
 from jentropy.train.sharding import param_shardings, row_sharding
 
-
 _SOURCES = ("head.py", "vocabulary.py", "train/optimizer.py", "train/programs.py", "train/warm_start.py")
 
 
