@@ -1,0 +1,146 @@
+"""Every config of experiments/configs: it builds, has one stable text, and its shapes fit."""
+
+import ast
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jentropy import config as config_lib
+from jentropy import embedded
+from jentropy.policy.transformer import transformer
+from jentropy.rollout.iid import RolloutSpec
+from jentropy.train.experiment import Experiment, Reinforce, Supervised
+from jentropy.train.loop import state_template
+from jentropy.train.programs import make_rollout
+from jentropy.train.sharding import MeshShape, make_mesh
+from jentropy.train.step import StepSpec, make_spec, make_train_step
+from jentropy.train.warm_start import warm_start_name
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "configs"
+PATHS = sorted(FOLDER.glob("*.py"))
+ASKED = {
+    "quickstart", "law_grpo", "shift_grpo", "shift_clip_cov", "shift_kl_cov", "shift_entropy_bonus",
+    "shift_clip_higher", "smoke",
+}  # fmt: skip
+
+
+def load(name):
+    return config_lib.load_config(FOLDER / f"{name}.py")
+
+
+def experiment(name) -> Experiment:
+    return config_lib.build(load(name))
+
+
+def policy_gradient_stages(built: Experiment) -> list[Reinforce]:
+    return [stage for stage in built.stages if isinstance(stage, Reinforce)]
+
+
+def specs(built: Experiment) -> list[StepSpec]:
+    """What is compiled into the step of each stage of reinforcement learning."""
+    return [
+        make_spec(
+            transformer(built.policy), stage.objective, stage.optimizer, reference=stage.reference,
+            num_minibatches=stage.num_minibatches, num_epochs=stage.num_epochs,
+        )
+        for stage in policy_gradient_stages(built)
+    ]  # fmt: skip
+
+
+def test_the_configs_that_documents_name_are_there():
+    assert ASKED <= {path.stem for path in PATHS}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_the_docstring_says_what_how_and_at_what_cost(path):
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert f"jentropy train experiments/configs/{path.stem}.py --out runs/{path.stem}\n" in text
+    assert "Hardware: " in text and "Cost: " in text
+    assert re.search(r"\b\d{4}\.\d{5}\b", text), "names no paper"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_config_is_named_like_its_file(path):
+    assert config_lib.load_config(path).name == ("law_grpo" if path.stem == "quickstart" else path.stem)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_config_has_one_text_that_builds_the_same(path, tmp_path):
+    config = config_lib.load_config(path)
+    (tmp_path / "config.json").write_text(config_lib.dump(config), encoding="utf-8")
+    loaded = config_lib.load(tmp_path / "config.json")
+    assert config_lib.identity(loaded) == config_lib.identity(config) == config_lib.identity(load(path.stem))
+    assert config_lib.flatten(loaded) == config_lib.flatten(config)
+    built, again = config_lib.build(config), config_lib.build(loaded)
+    assert (built.task, built.policy, built.evaluation) == (again.task, again.policy, again.evaluation)
+    assert [stage.optimizer for stage in built.stages] == [stage.optimizer for stage in again.stages]
+    assert specs(built) == specs(again)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_shapes_fit_from_prompts_to_the_next_state(path):
+    built, mesh = experiment(path.stem), make_mesh(MeshShape())
+    policy, task = transformer(built.policy), built.task
+    built.check_mesh()
+    key = jax.random.key(0)
+    for stage, spec in zip(policy_gradient_stages(built), specs(built), strict=True):
+        sampler = RolloutSpec(
+            stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
+            stage.objective.temperature, task.rewards,
+        )  # fmt: skip
+        column = jax.ShapeDtypeStruct((stage.num_prompts,), np.int32)
+        prompts = jax.ShapeDtypeStruct((stage.num_prompts, task.prompt_columns), np.int32)
+        state = state_template(built, policy, mesh, built.stages.index(stage))
+        fields = {"answer": column, "num_digits": column}
+        rollout = make_rollout(policy, sampler, mesh)
+        rows, _ = jax.eval_shape(rollout, state.params, key, column.update(shape=()), prompts, column, fields)
+        assert rows.tokens.shape == (256, 14)
+        after, metrics = jax.eval_shape(make_train_step(spec, stage.num_prompts, mesh), state, rows)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        assert all(total.shape == count.shape == () for total, count in metrics.values())
+
+
+def test_the_methods_are_the_ones_that_the_names_say():
+    def chain(name):
+        stage = policy_gradient_stages(experiment(name))[-1]
+        return {k: jax.tree.map(float, state) for k, state in stage.objective.mechanisms.init().items()}
+
+    plain = chain("shift_grpo")
+    assert plain == chain("law_grpo") and list(plain) == ["clip_range"]
+    assert plain["clip_range"] == pytest.approx((0.2, 0.2))
+    assert chain("shift_clip_higher")["clip_range"] == pytest.approx((0.2, 0.5))
+    assert list(chain("shift_clip_cov")) == ["clip_range", "clip_cov"]
+    assert list(chain("shift_kl_cov")) == ["clip_range", "kl_cov"]
+    (numerator, denominator), coefficient = chain("shift_kl_cov")["kl_cov"]
+    assert (numerator / denominator, coefficient) == pytest.approx((0.1, 1.0))
+    assert list(chain("shift_entropy_bonus")) == ["clip_range", "entropy_bonus"]
+
+
+def test_both_stages_of_a_shift_run_the_same_program():
+    for name in ("shift_grpo", "shift_clip_cov", "shift_entropy_bonus"):
+        before, after = specs(experiment(name))
+        assert before == after
+
+
+def test_the_shift_configs_share_one_warm_start():
+    mesh = make_mesh(MeshShape())
+    names = {warm_start_name(load(path.stem), mesh) for path in PATHS if path.stem.startswith("shift_")}
+    assert len(names) == 1
+    assert warm_start_name(load("law_grpo"), mesh) not in names
+
+
+def test_the_quickstart_runs_configs_of_this_folder():
+    runs = embedded.quickstart()
+    assert list(runs) == ["law_grpo", "shift_grpo", "shift_clip_cov", "shift_entropy_bonus"]
+    for name, config in runs.items():
+        assert config_lib.identity(config) == config_lib.identity(load(name))
+    assert config_lib.identity(load("quickstart")) == config_lib.identity(load("law_grpo"))
+
+
+def test_smoke_has_every_kind_of_stage_and_is_small():
+    built = experiment("smoke")
+    assert [type(stage) for stage in built.stages] == [Supervised, Reinforce, Reinforce]
+    assert sum(stage.steps for stage in policy_gradient_stages(built)) == 10
