@@ -1,0 +1,59 @@
+"""The smallest experiment that has every kind of stage, for the tests of what surrounds training."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fiddle as fdl
+import jax
+import pytest
+
+from jentropy import embedded
+from jentropy.data.task import chain_sum_task
+from jentropy.policy.transformer import TransformerConfig
+from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
+from jentropy.train.optimizer import AdamW
+
+BEFORE, AFTER = 5, 4
+"""Rollouts of the two stages of reinforcement learning."""
+
+
+def tiny() -> fdl.Config:
+    """4 supervised steps, 5 rollouts on two digits, 4 on three; evaluations every 2 rollouts, checkpoints every 3."""
+    policy = fdl.Config(
+        TransformerConfig, vocab_size=16, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_size=8, mlp_width=16
+    )
+    optimizer = fdl.Config(AdamW, learning_rate=1e-2)
+    warm_start = fdl.Config(Supervised, steps=4, batch_size=16, mixture={2: 1.0}, optimizer=optimizer)
+
+    def stage(name: str, steps: int, digits: int) -> fdl.Config:
+        return fdl.Config(
+            Reinforce, name=name, steps=steps, objective=embedded.objective(), mixture={digits: 1.0},
+            num_prompts=4, num_generations=4, optimizer=optimizer,
+        )  # fmt: skip
+
+    return fdl.Config(
+        Experiment,
+        name="tiny",
+        task=fdl.Config(chain_sum_task),
+        policy=policy,
+        stages=(warm_start, stage("before", BEFORE, 2), stage("after", AFTER, 3)),
+        evaluation=fdl.Config(
+            Evaluation, mixture={2: 1.0, 4: 1.0}, every=2, num_prompts=8, final_num_prompts=16, num_samples=2
+        ),
+        checkpoint_every=3,
+        eval_batch=8,
+    )
+
+
+@contextlib.contextmanager
+def own_folders(base: Path) -> Iterator[Path]:
+    """Lets datasets, warm starts and compiled programs live below `base`, one folder for all workers of a session."""
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JENTROPY_DATA", str(base / "jentropy_data"))
+        patch.setenv("JENTROPY_CACHE", str(base / "jentropy_cache"))
+        before = jax.config.jax_compilation_cache_dir
+        yield base
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,231 @@
+"""The loop on the tiny experiment: equal bytes, resume, compilations, folders, warm starts, stages, evaluation."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from jentropy import config as config_lib
+from jentropy.policy.transformer import transformer
+from jentropy.train import loop
+from jentropy.train.checkpoint import Checkpoints
+from jentropy.train.experiment import Supervised
+from jentropy.train.metrics import read_metrics
+from jentropy.train.sharding import MeshShape, make_mesh
+
+pytestmark = pytest.mark.usefixtures("own_folders")
+
+
+class InterruptionError(Exception):
+    """What a test raises inside the loop."""
+
+
+def changed(*overrides):
+    return config_lib.apply_overrides(tiny.tiny(), overrides)
+
+
+def train(config, out, **options):
+    return loop.train(config, out, quiet=True, **options)
+
+
+def interrupt(monkeypatch, config, out, step):
+    """Trains until the prompts of rollout `step` are on the device, then raises."""
+    real, steps = loop.put_prompts, iter(range(step + 1))
+
+    def put_prompts(prompts, mesh):
+        if next(steps) == step:
+            raise InterruptionError
+        return real(prompts, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "put_prompts", put_prompts)
+        with pytest.raises(InterruptionError):
+            train(config, out)
+
+
+def metrics_bytes(out):
+    return (out / "metrics.jsonl").read_bytes()
+
+
+def final_state(out):
+    """Every leaf of the newest checkpoint, as NumPy arrays."""
+    experiment = config_lib.build(tiny.tiny())
+    mesh = make_mesh(MeshShape())
+    template = loop.state_template(experiment, transformer(experiment.policy), mesh, len(experiment.stages) - 1)
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        state, _ = checkpoints.restore(None, template)
+    return jax.tree.leaves(jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key))))
+
+
+@pytest.fixture(scope="module")
+def finished(own_folders, tmp_path_factory):
+    """An uninterrupted run: its folder and what `train` returned."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, train(tiny.tiny(), out)
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    out, final = finished
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert config_lib.read_lines(out / "config.txt") == config_lib.flatten(tiny.tiny())
+    assert config_lib.identity(config_lib.load(out / "config.json")) == config_lib.identity(tiny.tiny())
+    header = json.loads((out / "run.json").read_text())
+    assert header["identity"] == config_lib.identity(tiny.tiny()) and header["seed"] == 0
+    lines = read_metrics(out / "metrics.jsonl")
+    assert lines[-1] == final and final["final"] and final["step"] == tiny.BEFORE + tiny.AFTER
+    assert [line["step"] for line in lines if "actor/entropy" in line] == list(range(9))
+    assert [line["step"] for line in lines if "val/entropy" in line] == [0, 2, 4, 5, 7, 9]
+    assert all("seconds" not in line for line in lines)
+    assert any((out / "tensorboard").iterdir())
+
+
+def test_equal_configs_write_equal_bytes(finished, tmp_path):
+    train(tiny.tiny(), tmp_path / "again")
+    assert metrics_bytes(tmp_path / "again") == metrics_bytes(finished[0])
+    for one, other in zip(final_state(tmp_path / "again"), final_state(finished[0]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_another_seed_writes_other_bytes(finished, tmp_path):
+    train(changed("seed=1"), tmp_path / "other")
+    assert metrics_bytes(tmp_path / "other") != metrics_bytes(finished[0])
+
+
+# Checkpoints are at 3, 5 (end of stage), 8 (3 into the second stage) and 9, evaluations at even steps of a stage.
+@pytest.mark.parametrize(
+    ("step", "resumed_at", "overrides"),
+    [
+        (1, None, ()),
+        (4, 3, ()),  # between evaluations
+        (5, 5, ()),  # the next stage has written an evaluation
+        (8, 8, ()),  # between evaluations of the second stage
+        (3, 2, ("checkpoint_every=2",)),  # at an evaluation
+        (7, 5, ()),  # the checkpoint is one stage back
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch, step, resumed_at, overrides):
+    config, out = changed(*overrides), tmp_path / "run"
+    interrupt(monkeypatch, config, out, step)
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == resumed_at
+    assert train(config, out, resume=True) == finished[1]
+    assert metrics_bytes(out) == metrics_bytes(finished[0])
+    assert [line["step"] for line in read_metrics(out / "timing.jsonl")] == list(range(9))
+    for one, other in zip(final_state(out), final_state(finished[0]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_finished_run_resumes_to_its_final_evaluation(finished, tmp_path):
+    out = tmp_path / "run"
+    train(changed("stages.1.steps=1", "stages.2.steps=1"), out)
+    before = metrics_bytes(out)
+    train(changed("stages.1.steps=1", "stages.2.steps=1"), out, resume=True)
+    assert metrics_bytes(out) == before
+
+
+def test_resume_says_what_changed(tmp_path, monkeypatch, capsys):
+    interrupt(monkeypatch, tiny.tiny(), tmp_path / "run", 4)
+    train(changed("stages.2.optimizer.learning_rate=0.02"), tmp_path / "run", resume=True)
+    assert "+stages.2.optimizer.learning_rate = 0.02" in capsys.readouterr().out
+
+
+def test_rewards_of_text_give_the_metrics_of_rewards_on_the_device(finished, tmp_path):
+    train(changed("task.reward=text"), tmp_path / "text")
+    assert metrics_bytes(tmp_path / "text") == metrics_bytes(finished[0])
+
+
+def test_nothing_compiles_after_the_warm_up(finished):
+    counts = {line["step"]: line["compilations"] for line in read_metrics(finished[0] / "timing.jsonl")}
+    assert counts[0] > 0
+    for stage in (range(1, tiny.BEFORE), range(tiny.BEFORE + 1, tiny.BEFORE + tiny.AFTER)):
+        assert len({counts[step] for step in stage}) == 1
+
+
+def test_a_compilation_after_the_warm_up_is_an_error(tmp_path, monkeypatch):
+    real, seen = loop.grade_on_host, []
+
+    def grade_on_host(task, rows, prompts):
+        seen.append(rows)
+        if len(seen) == 4:
+            jax.jit(lambda x: x * x)(rows.rewards)
+        return real(task, rows, prompts)
+
+    monkeypatch.setattr(loop, "grade_on_host", grade_on_host)
+    with pytest.raises(RuntimeError, match=r"step 3: 1 compilations after the warm-up"):
+        train(tiny.tiny(), tmp_path / "run")
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_is_an_error(tmp_path):
+    message = r"disagree on log-probabilities by \d\.\d\de-\d\d nats, more than sampler_tolerance = 1.00e-15"
+    with pytest.raises(RuntimeError, match=message):
+        train(changed("sampler_tolerance=1e-15"), tmp_path / "run")
+
+
+def test_stages_have_prompts_and_an_optimizer_of_their_own(finished, tmp_path, monkeypatch):
+    real, digits = loop.put_prompts, []
+
+    def put_prompts(prompts, mesh):
+        digits.append(set(prompts.fields["num_digits"].tolist()))
+        return real(prompts, mesh)
+
+    monkeypatch.setattr(loop, "put_prompts", put_prompts)
+    train(tiny.tiny(), tmp_path / "run")
+    assert digits == [{2}] * tiny.BEFORE + [{3}] * tiny.AFTER
+    lines = read_metrics(finished[0] / "metrics.jsonl")
+    assert [line["stage"] for line in lines if "actor/entropy" in line] == ["before"] * 5 + ["after"] * 4
+    counts = [leaf for leaf in final_state(finished[0]) if leaf.shape == () and leaf.dtype == np.int32]
+    assert 4 * tiny.AFTER in counts and 4 * (tiny.BEFORE + tiny.AFTER) not in counts
+
+
+def test_a_run_may_start_without_a_warm_start_and_learn_from_demonstrations_later(tmp_path):
+    config = tiny.tiny()
+    warm_start, before, _ = config.stages
+    config.stages = (before, warm_start)
+    final = train(config, tmp_path / "run")
+    assert final["step"] == tiny.BEFORE and final["stage"] == "warm_start"
+    assert isinstance(config_lib.build(config).stages[-1], Supervised)
+
+
+def test_the_evaluation_of_a_run_is_its_final_line(finished):
+    out, final = finished
+    line = loop.evaluate_run(out)
+    assert line == {name: value for name, value in final.items() if name not in ("stage", "final")}
+    assert json.loads((out / "eval.json").read_text()) == line
+
+
+def test_the_evaluation_of_an_interrupted_run_is_that_of_its_checkpoint(tmp_path, monkeypatch):
+    interrupt(monkeypatch, tiny.tiny(), tmp_path / "run", 4)
+    assert loop.evaluate_run(tmp_path / "run")["step"] == 3
+
+
+def test_what_cannot_be_evaluated_says_why(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"nowhere holds no run: no config.json"):
+        loop.evaluate_run(tmp_path / "nowhere")
+    interrupt(monkeypatch, tiny.tiny(), tmp_path / "run", 1)
+    with pytest.raises(FileNotFoundError, match="run has no checkpoint"):
+        loop.evaluate_run(tmp_path / "run")
+
+
+def test_a_folder_that_holds_a_run_is_kept(finished):
+    before = metrics_bytes(finished[0])
+    with pytest.raises(FileExistsError, match=r"holds a run already: resume it with --resume, or choose another --out"):
+        train(tiny.tiny(), finished[0])
+    assert metrics_bytes(finished[0]) == before
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        train(tiny.tiny(), tmp_path / "run", resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(PermissionError, match=f"cannot create the run folder {out}"):
+            train(tiny.tiny(), out)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=r"the run folder .*run is not writable"):
+        train(tiny.tiny(), tmp_path / "run")
