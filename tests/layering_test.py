@@ -17,9 +17,9 @@ ROOT = pathlib.Path(jentropy.__file__).parent
 
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("base",),
-    1: ("stats", "head", "features", "vocabulary", "ratios", "outcome", "compose", "evaluation", "tree"),
+    1: ("stats", "head", "features", "vocabulary", "ratios", "outcome", "compose", "normalisers", "evaluation", "tree"),
     2: (
-        *("advantages", "mechanisms", "surrogates", "normalisers"),
+        *("advantages", "mechanisms", "surrogates"),
         *("learners", "preference", "samplers", "theory", "presets"),
     ),
     3: ("policy", "rewards", "data"),

@@ -5,20 +5,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jentropy import stats
-from jentropy.base import ENTROPY, Array, Mechanism, Normaliser, Plan, Rollouts, Signals, hyper, require
+from jentropy.base import ENTROPY, Array, Mechanism, Normaliser, Plan, Signals, hyper, require
 from jentropy.compose import quantity
+from jentropy.normalisers import token_mean
 
 
 class EntropyBonusState(NamedTuple):
     """The coefficient, a scalar."""
 
     entropy_coef: Array
-
-
-def _token_mean(counted: Array, batch: Rollouts) -> Array:
-    count = stats.masked_sum(jnp.ones_like(batch.logp_old), counted)
-    return jnp.where(counted, 1.0 / jnp.maximum(count, 1.0), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +31,7 @@ class _Update:
         return plan.report(actor__entropy_coef=(coefficient, jnp.ones_like(coefficient))), state
 
 
-def entropy_bonus(*, entropy_coef: float = 0.0, normaliser: Normaliser = _token_mean) -> Mechanism:
+def entropy_bonus(*, entropy_coef: float = 0.0, normaliser: Normaliser = token_mean) -> Mechanism:
     """Subtracts `α · mean H_t` from the loss, with the gradient through the entropy of the whole distribution.
 
     The mean is over all response tokens, even those that other mechanisms take out of the policy-gradient loss, so α

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jentropy import ratios, stats
 from jentropy.base import Array, Mechanism, Normaliser, Plan, Quantities, Rollouts, Signals, hyper, require
+from jentropy.normalisers import token_mean
 
 
 class KlCovState(NamedTuple):
@@ -35,11 +36,6 @@ def k3_log_ratio(quantities: Quantities, plan: Plan, batch: Rollouts) -> Array:
 
 
 _TERMS = {"abs": abs_log_ratio, "k3": k3_log_ratio}
-
-
-def _token_mean(counted: Array, batch: Rollouts) -> Array:
-    count = stats.masked_sum(jnp.ones_like(batch.logp_old), counted)
-    return jnp.where(counted, 1.0 / jnp.maximum(count, 1.0), 0.0)
 
 
 def select(plan: Plan, state: KlCovState, signals: Signals) -> Array:
@@ -85,7 +81,7 @@ def kl_cov(
     ppo_kl_coef: float = 1.0,
     estimator: str = "abs",
     keep_clip: bool = False,
-    normaliser: Normaliser = _token_mean,
+    normaliser: Normaliser = token_mean,
 ) -> Mechanism:
     """Penalises the move away from the old policy on the tokens with the largest covariance term.
 
@@ -123,4 +119,4 @@ def kl_cov(
     def init() -> KlCovState:
         return KlCovState(stats.fraction_parts(kl_cov_ratio), hyper(ppo_kl_coef))
 
-    return Mechanism(init, _Update(term, keep_clip, normaliser), terms={term: _TERMS[estimator]})
+    return Mechanism(init, _Update(term, keep_clip, normaliser), terms={term: _TERMS[estimator]}, min_updates=2)

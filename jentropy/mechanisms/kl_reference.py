@@ -21,6 +21,7 @@ from jentropy.base import (
     require,
 )
 from jentropy.compose import quantity
+from jentropy.normalisers import token_mean
 
 
 class KlReferenceState(NamedTuple):
@@ -68,11 +69,6 @@ _TERMS: dict[str, tuple[str, Term]] = {
 }
 
 
-def _token_mean(counted: Array, batch: Rollouts) -> Array:
-    count = stats.masked_sum(jnp.ones_like(batch.logp_old), counted)
-    return jnp.where(counted, 1.0 / jnp.maximum(count, 1.0), 0.0)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Update:
     name: str
@@ -94,7 +90,7 @@ class _Update:
         return plan, state
 
 
-def kl_reference(*, beta: float = 0.001, estimator: str = "k3", normaliser: Normaliser = _token_mean) -> Mechanism:
+def kl_reference(*, beta: float = 0.001, estimator: str = "k3", normaliser: Normaliser = token_mean) -> Mechanism:
     """Adds `β · mean D_t` to the loss, D an estimate of D_KL(π || π_ref) from the sampled token.
 
         d = log π - log π_ref,   k1 = d,   k2 = d² / 2,   k3 = e⁻ᵈ - 1 + d
