@@ -72,8 +72,23 @@ def reinforce(
     return fdl.Config(Reinforce, name=name, steps=steps, objective=method, mixture=mixture, optimizer=optimizer)
 
 
-def law(name: str = "law_grpo", *, warm_start_seed: int = 0, steps: int = 100, seed: int = 0) -> fdl.Config:
-    """LAW: both strategies are likely in the warm start, and plain GRPO spends all entropy for reward."""
+def law(
+    name: str = "law_grpo",
+    mechanisms: Mapping[str, fdl.Config] | None = None,
+    *,
+    warm_start_seed: int = 0,
+    steps: int = 100,
+    seed: int = 0,
+) -> fdl.Config:
+    """LAW: both strategies are likely in the warm start, and plain GRPO spends all entropy for reward.
+
+    Args:
+      name: of the run.
+      mechanisms: what is added to plain GRPO; see `objective`.
+      warm_start_seed: of the supervised stage, in which each strategy has probability .5.
+      steps: rollouts.
+      seed: of reinforcement learning.
+    """
     return fdl.Config(
         Experiment,
         name=name,
@@ -81,7 +96,7 @@ def law(name: str = "law_grpo", *, warm_start_seed: int = 0, steps: int = 100, s
         policy=policy(),
         stages=(
             warm_start(strategy_prior=0.5, seed=warm_start_seed),
-            reinforce("law", steps, easy_mixture(0.2), objective(), 2e-4),
+            reinforce("law", steps, easy_mixture(0.2), objective(mechanisms), 2e-4),
         ),
         evaluation=fdl.Config(Evaluation, mixture=easy_mixture(0.2), every=5),
         seed=seed,
@@ -128,10 +143,15 @@ def scaled_entropy_bonus() -> fdl.Config:
 
 
 def quickstart() -> dict[str, fdl.Config]:
-    """The runs of `jentropy quickstart`: one LAW run, then three methods through the SHIFT setting."""
+    """The runs of `jentropy quickstart`: one LAW run, then three methods through the SHIFT setting.
+
+    All four have the same chain, in which a method that is not used has its neutral setting: then they differ in
+    numbers only, and share one compiled step.
+    """
+    off = {"clip_cov": fdl.Config(clip_cov, clip_cov_ratio=0.0), "entropy_bonus": fdl.Config(entropy_bonus)}
     return {
-        "law_grpo": law(),
-        "shift_grpo": shift("shift_grpo"),
-        "shift_clip_cov": shift("shift_clip_cov", {"clip_cov": scaled_clip_cov()}),
-        "shift_entropy_bonus": shift("shift_entropy_bonus", {"entropy_bonus": scaled_entropy_bonus()}),
+        "law_grpo": law(mechanisms=off),
+        "shift_grpo": shift("shift_grpo", off),
+        "shift_clip_cov": shift("shift_clip_cov", {**off, "clip_cov": scaled_clip_cov()}),
+        "shift_entropy_bonus": shift("shift_entropy_bonus", {**off, "entropy_bonus": scaled_entropy_bonus()}),
     }

@@ -110,8 +110,8 @@ class Evaluator:
         """Metrics of the policy at `step`, all under `val/`.
 
         Returns:
-          `val/reward/mean@n` (all, hard, and by difficulty), `val/pass@k` for k = 1, 2, 4 ... n (unbiased), their 95 %
-          bootstrap intervals over prompts, `val/entropy` (mean over sampled tokens, nats), lengths; with `greedy`
+          `val/reward/mean@n` (all, hard, and by difficulty), `val/pass@k` for k = 1, 2, 4 ... n (unbiased), 95 %
+          bootstrap intervals over prompts of the first and of `val/pass@n`, `val/entropy` (mean over sampled tokens, nats), lengths; with `greedy`
           also `val/reward/greedy`.
         """
         total, correct, entropy, lengths, truncated = self._sample(params, key, step, False)
@@ -138,10 +138,7 @@ class Evaluator:
         n = self._num_samples
         low, high = evaluation.bootstrap_interval(reward, seed=0)
         found = {f"val/reward/mean@{n}/low": low, f"val/reward/mean@{n}/high": high}
-        for k in [2**i for i in range(n.bit_length())]:
-            if k <= n:
-                per_prompt = evaluation.pass_at_k(n, num_correct, k)
-                low, high = evaluation.bootstrap_interval(per_prompt, seed=0)
-                found |= {f"val/pass@{k}": float(per_prompt.mean())}
-                found |= {f"val/pass@{k}/low": low, f"val/pass@{k}/high": high}
-        return found
+        for k in sorted({*(2**i for i in range(n.bit_length())), n}):
+            found[f"val/pass@{k}"] = float(evaluation.pass_at_k(n, num_correct, k).mean())
+        low, high = evaluation.bootstrap_interval(evaluation.pass_at_k(n, num_correct, n), seed=0)
+        return found | {f"val/pass@{n}/low": low, f"val/pass@{n}/high": high}
