@@ -111,8 +111,8 @@ class Evaluator:
 
         Returns:
           `val/reward/mean@n` (all, hard, and by difficulty), `val/pass@k` for k = 1, 2, 4 ... n (unbiased), 95 %
-          bootstrap intervals over prompts of the first and of `val/pass@n`, `val/entropy` (mean over sampled tokens, nats), lengths; with `greedy`
-          also `val/reward/greedy`.
+          bootstrap intervals over prompts of `val/reward/mean@n` and `val/pass@n`, `val/entropy` (mean over sampled
+          tokens, nats), lengths; with `greedy` also `val/reward/greedy`.
         """
         total, correct, entropy, lengths, truncated = self._sample(params, key, step, False)
         n = self._num_samples
