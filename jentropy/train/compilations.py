@@ -6,8 +6,8 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 _count = 0
 
 
-def _listen(event: str, duration: float, **kwargs: object) -> None:
-    del duration, kwargs
+def _listen(event: str, duration_secs: float, **metadata: str | int) -> None:
+    del duration_secs, metadata
     global _count
     _count += event == _EVENT
 

@@ -28,7 +28,7 @@ def put_prompts(prompts: Prompts, mesh: Mesh) -> tuple[Array, Array, dict[str, A
 
 def grade_on_host(task: Task, rollouts: Rollouts, prompts: Prompts) -> Rollouts:
     """Fills in the columns of text rewards; a row is valid if at least one reward function did not abstain."""
-    columns = [i for i, reward in enumerate(task.rewards) if isinstance(reward, TextReward)]
+    columns = {i: reward for i, reward in enumerate(task.rewards) if isinstance(reward, TextReward)}
     if not columns:
         return rollouts
     tokens, mask, rewards = jax.device_get((rollouts.tokens, rollouts.loss_mask, rollouts.rewards))
@@ -39,8 +39,8 @@ def grade_on_host(task: Task, rollouts: Rollouts, prompts: Prompts) -> Rollouts:
     texts = np.repeat(task.tokenizer.decode_rows(prompts.tokens, columns_of_prompt), group_size).tolist()
     completions = task.tokenizer.decode_rows(tokens, mask)
     fields = {name: np.repeat(value, group_size).tolist() for name, value in prompts.fields.items()}
-    for i in columns:
-        rewards[:, i], valid[:, i] = grade_text(task.rewards[i], texts, completions, fields)
+    for i, reward in columns.items():
+        rewards[:, i], valid[:, i] = grade_text(reward, texts, completions, fields)
     sharding = rollouts.rewards.sharding
     is_valid = jax.device_put(valid.any(axis=1), rollouts.row_data["is_valid"].sharding)
     return rollouts.replace(

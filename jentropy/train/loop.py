@@ -105,6 +105,7 @@ def _fresh(stage: Reinforce, params: Any, step: jax.Array, key: jax.Array) -> Tr
 def state_template(experiment: Experiment, policy: Policy, mesh: Mesh, index: int) -> TrainState:
     """Shapes, dtypes and shardings of the state in a stage of reinforcement learning."""
     stage = experiment.stages[index]
+    assert isinstance(stage, Reinforce), f"stage {index} has no training state"
     key = jax.random.key(0)
     shapes = jax.eval_shape(
         functools.partial(_fresh, stage), jax.eval_shape(policy.init, key), jax.ShapeDtypeStruct((), np.int32), key

@@ -90,7 +90,8 @@ def make_optimizer(config: AdamW) -> optax.GradientTransformation:
 def init_optimizer(config: AdamW, params: Any) -> Any:
     """The optimizer's state for `params`, at the peak learning rate of `config`."""
     with jax.numpy_dtype_promotion("standard"):
-        *rest, scale = make_optimizer(config).init(params)
+        state: Any = make_optimizer(config).init(params)
+    *rest, scale = state
     step_size = jnp.full_like(scale.hyperparams["step_size"], -config.learning_rate)
     return (*rest, scale._replace(hyperparams={"step_size": step_size}))
 

@@ -13,7 +13,8 @@ from jentropy import head
 from jentropy.base import Array, Policy, Rollouts
 from jentropy.rollout.iid import RolloutSpec, iid_rollouts
 from jentropy.train.optimizer import AdamW, apply_optimizer
-from jentropy.train.sharding import constrain_rows
+from jentropy.train.sharding import constrain_rows, param_shardings
+from jentropy.train.state import optimizer_shardings
 
 SAMPLING, EVALUATION = 0, 2
 """What is folded into the run's key, by purpose; 1 is that of updates."""
@@ -35,9 +36,9 @@ def make_rollout(policy: Policy, spec: RolloutSpec, mesh: Mesh) -> Callable[...,
     def rollout(
         params: Any, key: Array, index: Array, prompts: Array, length: Array, fields: Mapping[str, Array]
     ) -> tuple[Rollouts, Array]:
-        rows = constrain_rows((prompts, length, fields), mesh)
+        prompts, length, fields = constrain_rows((prompts, length, fields), mesh)
         key = jax.random.fold_in(key, index)
-        return constrain_rows(iid_rollouts(policy, params, *rows, key, spec=spec), mesh)
+        return constrain_rows(iid_rollouts(policy, params, prompts, length, fields, key, spec=spec), mesh)
 
     return rollout
 
@@ -60,11 +61,11 @@ def make_supervised_step(policy: Policy, optimizer: AdamW, mesh: Mesh) -> Callab
     def supervised_step(params: Any, opt_state: Any, tokens: Array, weight: Array) -> tuple[Any, Any, Array]:
         tokens, weight = constrain_rows((tokens, weight), mesh)
         loss, gradient = jax.value_and_grad(loss_of)(params, tokens, weight)
-
         ok = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         params, opt_state = jax.lax.cond(
             ok, lambda: apply_optimizer(optimizer, gradient, opt_state, params), lambda: (params, opt_state)
         )
-        return params, opt_state, loss
+        shardings = param_shardings(policy, mesh), optimizer_shardings(policy, mesh, optimizer, opt_state)
+        return *jax.lax.with_sharding_constraint((params, opt_state), shardings), loss
 
     return supervised_step

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,9 +62,7 @@ class MeshShape:
 def make_mesh(shape: MeshShape, num_devices: int | None = None) -> Mesh:
     """A mesh of Auto axes over the first `num_devices` devices (default: all)."""
     devices = jax.devices()[:num_devices]
-    return jax.make_mesh(
-        shape.resolve(len(devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.array(devices)
-    )
+    return jax.make_mesh(shape.resolve(len(devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -67,13 +67,20 @@ def new_stage(
     )
 
 
+def optimizer_shardings(policy: Policy, mesh: Mesh, optimizer: AdamW, opt_state: Any) -> Any:
+    """Shardings for an optimizer's state (arrays or shapes): what mirrors parameters lies like them."""
+    return optax.tree_utils.tree_map_params(
+        make_optimizer(optimizer), lambda _, sharding: sharding, opt_state, param_shardings(policy, mesh),
+        transform_non_params=lambda _: replicated(mesh),
+    )  # fmt: skip
+
+
 def state_shardings(policy: Policy, mesh: Mesh, optimizer: AdamW, state: TrainState) -> TrainState:
     """Shardings for `state` (arrays or shapes): parameters and what mirrors them by rule, the rest replicated."""
     params = param_shardings(policy, mesh)
-    whole = replicated(mesh)
-    opt_state = optax.tree_utils.tree_map_params(
-        make_optimizer(optimizer), lambda _, sharding: sharding, state.opt_state, params,
-        transform_non_params=lambda _: whole,
-    )  # fmt: skip
-    shardings = jax.tree.map(lambda _: whole, state)
-    return shardings.replace(params=params, opt_state=opt_state, frozen={name: params for name in state.frozen})
+    shardings = jax.tree.map(lambda _: replicated(mesh), state)
+    return shardings.replace(
+        params=params,
+        opt_state=optimizer_shardings(policy, mesh, optimizer, state.opt_state),
+        frozen={name: params for name in state.frozen},
+    )

@@ -232,8 +232,9 @@ def _update(
     signals = Signals(batch=rows, scores=scores, step=state.step, update_index=index)
     plan, weight, mechanism_state = plan_update(spec, carry.mechanism_state, signals, advantage, key)
 
-    def loss_of(q: Quantities, parts: Any) -> tuple[Array, Metrics]:
-        return loss(spec, q, *parts, first)
+    def loss_of(q: Quantities, parts: tuple[Plan, Array, Rollouts]) -> tuple[Array, Metrics]:
+        part_plan, part_weight, part_rows = parts
+        return loss(spec, q, part_plan, part_weight, part_rows, first)
 
     gradient, value, metrics = pull(loss_of, (plan.replace(metrics={}), weight, rows))
     ok = _all_finite((value, gradient)) & jnp.any(rows.loss_mask)

@@ -21,6 +21,7 @@ from jentropy.train.experiment import Supervised
 from jentropy.train.optimizer import compiled_part, init_optimizer
 from jentropy.train.programs import make_supervised_step
 from jentropy.train.sharding import param_shardings, row_sharding
+from jentropy.train.state import optimizer_shardings
 
 _SOURCES = ("head.py", "vocabulary.py", "train/optimizer.py", "train/programs.py", "train/warm_start.py")
 
@@ -65,7 +66,9 @@ def run_supervised(
     """
     source = task.demonstrations(stage.mixture, **stage.options)
     step_fn = make_supervised_step(policy, compiled_part(stage.optimizer), mesh)
-    opt_state = jax.jit(functools.partial(init_optimizer, stage.optimizer))(params)
+    start = functools.partial(init_optimizer, stage.optimizer)
+    shardings = optimizer_shardings(policy, mesh, stage.optimizer, jax.eval_shape(start, params))
+    opt_state = jax.jit(start, out_shardings=shardings)(params)
     rows = row_sharding(mesh)
     for step in range(stage.steps):
         batch = source.batch(stage.seed, step, stage.batch_size)
