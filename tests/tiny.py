@@ -40,10 +40,10 @@ def tiny() -> fdl.Config:
         policy=policy,
         stages=(warm_start, stage("before", BEFORE, 2), stage("after", AFTER, 3)),
         evaluation=fdl.Config(
-            Evaluation, mixture={2: 1.0, 4: 1.0}, every=2, num_prompts=8, final_num_prompts=16, num_samples=2
+            Evaluation, mixture={2: 1.0, 4: 1.0}, every=2, num_prompts=8, final_num_prompts=16, num_samples=4
         ),
         checkpoint_every=3,
-        eval_batch=8,
+        eval_batch=4,
     )
 
 
