@@ -140,8 +140,8 @@ class Experiment:
       seed: of reinforcement learning: prompts, samples, updates.
       mesh: devices per axis.
       checkpoint_every: rollouts between checkpoints; the end of every stage is kept besides.
-      sampler_tolerance: largest difference, nats, between the sampler's and the trainer's log-probabilities at the
-        start of a stage; more is an error.
+      sampler_tolerance: largest difference between the sampler's and the trainer's log-probabilities, over the larger
+        of 1 nat and their size, in the first rollout after a start; more is an error.
       eval_batch: prompts per call of the evaluation's sampler.
     """
 

@@ -283,6 +283,7 @@ def rollout_metrics(rows: Rollouts, scores: Quantities, advantage: Array) -> Met
         "entropy/sequence_mean": (jnp.sum(jnp.where(nonempty, per_row, 0.0)), num_rows),
         "cov/mean": (stats.masked_covariance(scores["log_prob"], advantage, mask), one),
         "sampler/logp_diff_max": (jnp.max(mismatch), one),
+        "sampler/logp_diff_relative": (jnp.max(mismatch / jnp.maximum(jnp.abs(rows.logp_old), 1.0)), one),
         "sampler/logp_diff_mean": (jnp.sum(mismatch), tokens),
         "critic/score/mean": (jnp.sum(rewards), jnp.sum(valid & jnp.ones_like(rewards, bool)).astype(rewards.dtype)),
         "response_length/mean": (jnp.sum(lengths).astype(advantage.dtype), one * mask.shape[0]),
