@@ -1,6 +1,7 @@
 """The transformer against a NumPy transformer written head by head, its cache against its full forward pass."""
 
 import dataclasses
+import functools
 import time
 
 import chex
@@ -28,9 +29,22 @@ VARIANTS = {
 }
 
 
+@functools.lru_cache
+def compiled(config):
+    """The policy with jitted functions: a scan that runs outside jit is compiled anew at every call."""
+    policy = transformer(config)
+    return policy._replace(
+        init=jax.jit(policy.init),
+        hidden=jax.jit(policy.hidden),
+        prefill=jax.jit(policy.prefill, static_argnums=2),
+        decode=jax.jit(policy.decode),
+    )
+
+
+@functools.lru_cache
 def make_params(config, seed=0):
     """Parameters moved off their initial value, so that biases and norm scales matter."""
-    params = transformer(config).init(jax.random.key(seed))
+    params = compiled(config).init(jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
@@ -98,14 +112,14 @@ def reference_hidden(params, tokens, config):
 def test_hidden_equals_reference(name):
     config = VARIANTS[name]
     params, tokens = make_params(config), make_tokens(config)
-    hidden = jax.jit(transformer(config).hidden)(params, tokens)
+    hidden = compiled(config).hidden(params, tokens)
     np.testing.assert_allclose(hidden, reference_hidden(params, tokens, config), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cache_equals_full_pass_for_ragged_rows(name):
     config = VARIANTS[name]
-    policy, params, tokens = transformer(config), make_params(config), make_tokens(config)
+    policy, params, tokens = compiled(config), make_params(config), make_tokens(config)
     full = policy.hidden(params, tokens)
     length = jnp.array([2, 4, 1], jnp.int32)
     columns, num_new = 4, 5
@@ -113,15 +127,14 @@ def test_cache_equals_full_pass_for_ragged_rows(name):
     prompt = jnp.where(jnp.arange(columns)[None, :] < length[:, None], tokens[:, :columns], 10)
     hidden, cache = policy.prefill(params, prompt, columns + num_new)
     np.testing.assert_allclose(hidden[rows, length - 1], full[rows, length - 1], atol=2e-5)
-    decode = jax.jit(policy.decode)
     for step in range(num_new):
         position = length + step
-        hidden, cache = decode(params, tokens[rows, position], cache, position)
+        hidden, cache = policy.decode(params, tokens[rows, position], cache, position)
         np.testing.assert_allclose(hidden, full[rows, position], atol=2e-5)
 
 
 def test_prefill_equals_hidden_and_cache_has_rows_on_axis_one():
-    policy, params, tokens = transformer(SMALL), make_params(SMALL), make_tokens(SMALL)
+    policy, params, tokens = compiled(SMALL), make_params(SMALL), make_tokens(SMALL)
     hidden, cache = policy.prefill(params, tokens, 12)
     chex.assert_trees_all_close(hidden, policy.hidden(params, tokens), atol=1e-6)
     chex.assert_shape(list(cache), (2, 3, 4, 12, 6))
@@ -130,7 +143,7 @@ def test_prefill_equals_hidden_and_cache_has_rows_on_axis_one():
 
 
 def test_future_and_padding_do_not_reach_back():
-    policy, params, tokens = transformer(SMALL), make_params(SMALL), make_tokens(SMALL)
+    policy, params, tokens = compiled(SMALL), make_params(SMALL), make_tokens(SMALL)
     changed = tokens.at[:, 5:].set((tokens[:, 5:] + 1) % SMALL.vocab_size)
     before, after = policy.hidden(params, tokens), policy.hidden(params, changed)
     np.testing.assert_array_equal(before[:, :5], after[:, :5])
@@ -138,7 +151,7 @@ def test_future_and_padding_do_not_reach_back():
 
 
 def test_laptop_policy_has_99648_parameters_as_a_plain_float32_dict():
-    params = transformer(LAPTOP).init(jax.random.key(0))
+    params = compiled(LAPTOP).init(jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(params)) == 99_648
     assert all(isinstance(x, jax.Array) and x.dtype == jnp.float32 for x in jax.tree.leaves(params))
     assert type(params) is dict and type(params["layers"]["mlp"]) is dict
@@ -177,7 +190,7 @@ def test_32b_policy_is_shaped_quickly_and_has_the_published_count():
 
 @pytest.mark.parametrize("name", ["bias", "tied", "qk_norm"])
 def test_logical_axes_name_every_dimension(name):
-    policy = transformer(VARIANTS[name])
+    policy = compiled(VARIANTS[name])
     params, axes = policy.init(jax.random.key(0)), policy.logical_axes()
 
     def is_names(x):
@@ -215,7 +228,7 @@ def test_gradient_of_scanned_layers_does_not_keep_keys_and_values():
     config = dataclasses.replace(SMALL, num_layers=32, scan_unroll=1, remat=True, width=8, mlp_width=8)
     policy, tokens = transformer(config), jnp.zeros((4, 64), jnp.int32)
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(policy.hidden(p, tokens))))
-    memory = gradient.lower(policy.init(jax.random.key(0))).compile().memory_analysis()
+    memory = gradient.lower(jax.eval_shape(policy.init, jax.random.key(0))).compile().memory_analysis()
     residual_stream = 4 * config.num_layers * tokens.size * config.width
     keys_and_values = 2 * residual_stream * config.num_heads * config.head_size // config.width
     assert memory.temp_size_in_bytes < residual_stream + keys_and_values
@@ -223,20 +236,20 @@ def test_gradient_of_scanned_layers_does_not_keep_keys_and_values():
 
 def test_bfloat16_activations_stay_near_float32():
     params, tokens = make_params(SMALL), make_tokens(SMALL)
-    policy = transformer(dataclasses.replace(SMALL, dtype="bfloat16"))
+    policy = compiled(dataclasses.replace(SMALL, dtype="bfloat16"))
     hidden, cache = policy.prefill(params, tokens[:, :8], 9)
     assert hidden.dtype == cache.key.dtype == jnp.bfloat16
     hidden, _ = policy.decode(params, tokens[:, 8], cache, jnp.full((3,), 8, jnp.int32))
-    exact = transformer(SMALL).hidden(params, tokens)[:, 8]
+    exact = compiled(SMALL).hidden(params, tokens)[:, 8]
     np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.1)
 
 
 def test_logical_rules_shard_the_rows_without_changing_them():
-    policy, params, tokens = transformer(SMALL), make_params(SMALL), make_tokens(SMALL)
+    policy, params, tokens = compiled(SMALL), make_params(SMALL), make_tokens(SMALL)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     expected = policy.hidden(params, tokens)
     with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "data"),)):
-        lowered = jax.jit(policy.hidden).lower(params, tokens)
+        lowered = jax.jit(transformer(SMALL).hidden).lower(params, tokens)
         np.testing.assert_allclose(lowered.compile()(params, tokens), expected, atol=1e-6)
     assert "sharding_constraint" in lowered.as_text()
 
