@@ -262,7 +262,7 @@ class Run:
         if check_sampler and metrics["sampler/logp_diff_relative"] > self.experiment.sampler_tolerance:
             raise RuntimeError(
                 f"sampler and trainer disagree on log-probabilities by {metrics['sampler/logp_diff_max']:.2e} nats, "
-                f"more than sampler_tolerance = {self.experiment.sampler_tolerance:.2e} of the larger of 1 and their size"
+                f"more than sampler_tolerance = {self.experiment.sampler_tolerance:.2e} times max(1, their size)"
             )
         now = time.perf_counter()
         seconds, self._written = now - max(began, self._written), now
