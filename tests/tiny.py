@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from jentropy import embedded
+from jentropy.data import chain_sum
 from jentropy.data.task import chain_sum_task
 from jentropy.policy.transformer import TransformerConfig
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
@@ -49,11 +50,21 @@ def tiny() -> fdl.Config:
 
 @contextlib.contextmanager
 def own_folders(base: Path) -> Iterator[Path]:
-    """Lets datasets, warm starts and compiled programs live below `base`, one folder for all workers of a session."""
+    """Lets datasets, warm starts and compiled programs live below `base`, one folder for all workers of a session.
+
+    To save time the splits hold a few hundred rows, and programs are compiled without most optimizations.
+    """
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JENTROPY_DATA", str(base / "jentropy_data"))
         patch.setenv("JENTROPY_CACHE", str(base / "jentropy_cache"))
-        before = jax.config.jax_compilation_cache_dir
+        with pytest.MonkeyPatch.context() as small:
+            small.setattr(chain_sum, "_NUM_SAMPLED", 300)
+            small.setattr(chain_sum, "_NUM_DEMONSTRATIONS", 200)
+            chain_sum.prepare("prompts")
+            chain_sum.prepare("demonstrations")
+        cache = jax.config.jax_compilation_cache_dir
+        jax.config.update("jax_disable_most_optimizations", True)
         yield base
-        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_compilation_cache_dir", cache)

@@ -8,6 +8,7 @@ import tiny
 from jentropy import config as config_lib
 from jentropy.policy.transformer import transformer
 from jentropy.train.compilations import num_compilations
+from jentropy.train.programs import make_supervised_step
 from jentropy.train.sharding import MeshShape, make_mesh
 from jentropy.train.warm_start import cached_warm_start, init_params, run_supervised, warm_start_name
 
@@ -77,7 +78,7 @@ def test_two_runs_may_make_the_same_warm_start_at_once(tmp_path):
 
 
 def test_the_supervised_step_is_compiled_once():
-    experiment = config_lib.build(config_lib.apply_overrides(tiny.tiny(), ["policy.mlp_width=24"]))
+    experiment = config_lib.build(tiny.tiny())
     stage, policy, mesh = experiment.stages[0], transformer(experiment.policy), make_mesh(MeshShape())
     counts = []
 
@@ -92,6 +93,7 @@ def test_the_supervised_step_is_compiled_once():
             counts.append(num_compilations())
             return self._source.batch(seed, step, size)
 
+    make_supervised_step.cache_clear()
     run_supervised(stage, policy, Counting(), init_params(policy, 0, mesh), mesh, lambda *_: None)
     assert counts[0] < counts[1]  # 10 s of a cold start went to a second compilation, for outputs laid out otherwise
     assert counts[1:] == [counts[1]] * (stage.steps - 1)
