@@ -1,13 +1,10 @@
 """The loop: stages, evaluations, checkpoints and what a person sees of them. All I/O of training is here."""
 
+import contextlib
 import functools
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jentropy import config as config_lib
-from jentropy.base import Policy
+from jentropy.base import Metrics, Policy
 from jentropy.policy.transformer import transformer
 from jentropy.report.plots import run_plot
 from jentropy.rollout.iid import RolloutSpec
@@ -26,6 +23,7 @@ from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.compilations import num_compilations
 from jentropy.train.evaluate import Evaluator, grade_on_host, put_prompts
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
+from jentropy.train.folder import prepare_folder, write_header
 from jentropy.train.metrics import MetricsWriter, divide, read_metrics
 from jentropy.train.programs import EVALUATION, SAMPLING, make_rollout
 from jentropy.train.progress import Progress
@@ -45,48 +43,6 @@ def enable_compilation_cache(folder: Path | None = None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _commit() -> str | None:
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    found = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
-def _header(config: fdl.Config, seed: int) -> dict[str, Any]:
-    names = ("jentropy", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "identity": config_lib.identity(config),
-        "seed": seed,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
-        "backend": jax.default_backend(),
-        "devices": jax.device_count(),
-    }
-
-
-def prepare_folder(out: Path, resume: bool) -> None:
-    """Creates the run's folder.
-
-    Raises:
-      FileExistsError: it holds a run already and `resume` is False.
-      FileNotFoundError: `resume` is True and it holds none.
-      PermissionError: it cannot be written to.
-    """
-    started = (out / "metrics.jsonl").exists()
-    if started and not resume:
-        raise FileExistsError(f"{out} holds a run already: resume it with --resume, or choose another --out")
-    if resume and not started:
-        raise FileNotFoundError(f"{out} holds no run to resume")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise PermissionError(f"cannot create the run folder {out}: {error}") from error
-    if not os.access(out, os.W_OK):
-        raise PermissionError(f"the run folder {out} is not writable")
-
-
 def make_evaluator(experiment: Experiment, policy: Policy, mesh: Mesh, num_prompts: int) -> Evaluator:
     """The experiment's evaluation on its first `num_prompts` held-out prompts, at the last stage's temperature."""
     settings, task, last = experiment.evaluation, experiment.task, experiment.stages[-1]
@@ -96,6 +52,41 @@ def make_evaluator(experiment: Experiment, policy: Policy, mesh: Mesh, num_promp
         temperature=last.objective.temperature if isinstance(last, Reinforce) else 1.0,
         batch=experiment.eval_batch, hard_from=settings.hard_from, mesh=mesh,
     )  # fmt: skip
+
+
+class Stepper:
+    """One rollout and its updates, with the compiled programs of a stage.
+
+    Args:
+      experiment: the run.
+      stage: of reinforcement learning.
+      policy: the model.
+      mesh: devices.
+      key: of sampling.
+    """
+
+    def __init__(self, experiment: Experiment, stage: Reinforce, policy: Policy, mesh: Mesh, key: jax.Array) -> None:
+        task, objective = experiment.task, stage.objective
+        spec = make_spec(
+            policy, objective, stage.optimizer, reference=stage.reference, num_minibatches=stage.num_minibatches,
+            num_epochs=stage.num_epochs, num_microbatches=stage.num_microbatches,
+        )  # fmt: skip
+        sampler = RolloutSpec(
+            stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
+            objective.temperature, task.rewards,
+        )  # fmt: skip
+        self._rollout = make_rollout(policy, sampler, mesh)
+        self._train_step = make_train_step(spec, stage.num_prompts, mesh)
+        self._source = task.prompts("train", stage.mixture)
+        self._task, self._mesh, self._key = task, mesh, key
+        self._seed, self._num_prompts = experiment.seed, stage.num_prompts
+
+    def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """Advances `state`, which is donated, by the rollout number `step`."""
+        prompts = self._source.batch(self._seed, step, self._num_prompts)
+        index = jax.device_put(np.int32(step), replicated(self._mesh))
+        rows, _ = self._rollout(state.params, self._key, index, *put_prompts(prompts, self._mesh))
+        return self._train_step(state, grade_on_host(self._task, rows, prompts))
 
 
 def _fresh(stage: Reinforce, params: Any, step: jax.Array, key: jax.Array) -> TrainState:
@@ -145,18 +136,9 @@ class Run:
             resume_offset=(self._resumed or {"metrics_offset": 0})["metrics_offset"] if resume else None,
             resume_step=(self._resumed or {"step": 0})["step"] if resume else None,
         )
-        self._write_header(resume)
-
-    def _write_header(self, resume: bool) -> None:
-        lines = config_lib.flatten(self.config)
-        path = self.out / "config.txt"
-        if resume and path.exists():
-            changed = config_lib.diff(config_lib.read_lines(path), lines)
-            if changed:
-                print(f"the config differs from that of the run:\n{changed}")
-        config_lib.write_lines(path, lines)
-        (self.out / "config.json").write_text(config_lib.dump(self.config), encoding="utf-8")
-        (self.out / "run.json").write_text(json.dumps(_header(self.config, self.experiment.seed), indent=1) + "\n")
+        changed = write_header(self.out, config, self.experiment.seed)
+        if changed:
+            print(f"the config differs from that of the run:\n{changed}")
 
     def _put(self, value: int) -> jax.Array:
         return jax.device_put(np.int32(value), replicated(self.mesh))
@@ -174,10 +156,12 @@ class Run:
                 else:
                     state = self._reinforce(index, stage, params, step)
                     params, step = state.params, int(jax.device_get(state.step))
-            line = self._finish(params, step)
+            return self._finish(params, step)
+
+    def close(self) -> None:
+        """Closes the run's files."""
         self._checkpoints.close()
         self._writer.close()
-        return line
 
     def _supervise(self, index: int, stage: Supervised, params: Any) -> Any:
         task = self.experiment.task
@@ -198,7 +182,6 @@ class Run:
 
     def _start_stage(self, index: int, stage: Reinforce, params: Any, step: int) -> TrainState:
         """The state at the start of the stage, or where the checkpoint left it."""
-
         template = state_template(self.experiment, self.policy, self.mesh, index)
         if self._resumed is not None and self._resumed["stage"] == index:
             return self._checkpoints.restore(None, template)[0]
@@ -212,58 +195,47 @@ class Run:
         state = self._start_stage(index, stage, params, step)
         done = self._resumed["stage_step"] if self._resumed and self._resumed["stage"] == index else 0
         start = int(jax.device_get(state.step)) - done
-        objective, task = stage.objective, self.experiment.task
-        spec = make_spec(
-            self.policy, objective, stage.optimizer, reference=stage.reference, num_minibatches=stage.num_minibatches,
-            num_epochs=stage.num_epochs, num_microbatches=stage.num_microbatches,
-        )  # fmt: skip
-        sampler = RolloutSpec(
-            stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
-            objective.temperature, task.rewards,
-        )  # fmt: skip
-        rollout = make_rollout(self.policy, sampler, self.mesh)
-        train_step = make_train_step(spec, stage.num_prompts, self.mesh)
-        source = task.prompts("train", stage.mixture)
-        pending: tuple[int, Any, float] | None = None
-        compiled = 0
+        stepper = Stepper(self.experiment, stage, self.policy, self.mesh, self._sampling_key)
+        pending, compiled = None, 0
         with jax.transfer_guard("disallow"):
             for n in range(done, stage.steps):
-                now = start + n
                 if n == done or n % self.experiment.evaluation.every == 0:
                     pending = self._write(stage, pending)
-                    evaluated = self._evaluator(state.params, self._eval_key, now)
-                    if n % self.experiment.evaluation.every == 0:
-                        self._writer.write(now, {"stage": stage.name, **evaluated})
+                    self._evaluate(stage, state.params, start + n, write=n % self.experiment.evaluation.every == 0)
                 began = time.perf_counter()
-                prompts = source.batch(self.experiment.seed, now, stage.num_prompts)
-                rows, _ = rollout(state.params, self._sampling_key, self._put(now), *put_prompts(prompts, self.mesh))
-                rows = grade_on_host(task, rows, prompts)
-                state, metrics = train_step(state, rows)
+                state, metrics = stepper(state, start + n)
                 self._write(stage, pending)
-                pending = (now, metrics, began)
+                pending = (start + n, metrics, began)
                 if n - done < _WARM:
-                    pending = self._write(stage, pending, check_sampler=not self._checked)
-                    self._checked = True
+                    pending = self._write(stage, pending)
                     compiled = num_compilations()
                 elif num_compilations() != compiled:
-                    raise RuntimeError(f"step {now}: {num_compilations() - compiled} compilations after the warm-up")
+                    more = num_compilations() - compiled
+                    raise RuntimeError(f"step {start + n}: {more} compilations after the warm-up")
                 if (n + 1) % self.experiment.checkpoint_every == 0 or n + 1 == stage.steps:
                     pending = self._write(stage, pending)
                     self._save(index, n + 1, state)
                     compiled = num_compilations()
         return state
 
-    def _write(self, stage: Reinforce, pending: Any, check_sampler: bool = False) -> None:
+    def _evaluate(self, stage: Reinforce, params: Any, step: int, *, write: bool) -> None:
+        """Evaluates on held-out prompts; without `write` only to have the program compiled."""
+        metrics = self._evaluator(params, self._eval_key, step)
+        if write:
+            self._writer.write(step, {"stage": stage.name, **metrics})
+
+    def _write(self, stage: Reinforce, pending: tuple[int, Metrics, float] | None) -> None:
         """Fetches and writes the metrics of a step that was dispatched before; returns None, nothing is pending."""
         if pending is None:
             return
         step, device_metrics, began = pending
         metrics = divide(jax.device_get(device_metrics))
-        if check_sampler and metrics["sampler/logp_diff_relative"] > self.experiment.sampler_tolerance:
+        if not self._checked and metrics["sampler/logp_diff_relative"] > self.experiment.sampler_tolerance:
             raise RuntimeError(
                 f"sampler and trainer disagree on log-probabilities by {metrics['sampler/logp_diff_max']:.2e} nats, "
                 f"more than sampler_tolerance = {self.experiment.sampler_tolerance:.2e} times max(1, their size)"
             )
+        self._checked = True
         now = time.perf_counter()
         seconds, self._written = now - max(began, self._written), now
         tokens = metrics["response_length/mean"] * stage.num_prompts * stage.num_generations
@@ -323,4 +295,5 @@ def train(config: fdl.Config, out: Path, *, resume: bool = False, quiet: bool = 
     enable_compilation_cache()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    return Run(config, out, resume=resume, quiet=quiet).run()
+    with contextlib.closing(Run(config, out, resume=resume, quiet=quiet)) as run:
+        return run.run()
