@@ -6,6 +6,7 @@ B rows, T tokens read, C cache slots, D width, K key/value heads, G query heads 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -15,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jentropy import base
-
-Array = jax.Array
+from jentropy.base import Array
 
 
 class Cache(NamedTuple):
@@ -100,7 +100,8 @@ def _fan_in(shape_in: tuple[int, ...], shape_out: tuple[int, ...]):
     return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=shape_in, out_axis=shape_out)
 
 
-def _logical(init, *names: str | None):
+def _logical(init: Callable[..., Array], *names: str | None) -> Callable[..., Any]:
+    """`init` with the logical axis names of its parameter."""
     return nn.with_logical_partitioning(init, names)
 
 
@@ -217,7 +218,7 @@ class Attention(nn.Module):
             q, k = RMSNorm(config, name="query_norm")(q), RMSNorm(config, name="key_norm")(k)
         q, k = _rotate(q, rotation) * np.asarray(config.head_size**-0.5, q.dtype), _rotate(k, rotation)
         q = q.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_size)
-        if cache is None:
+        if cache is None or position_B is None:
             mixed = _attend(q, k, v, config.sliding_window)
         else:
             mixed = _attend_cached(q[:, 0], k[:, 0], v[:, 0], cache, position_B, config.sliding_window)[:, None]
@@ -276,11 +277,12 @@ class Transformer(nn.Module):
             self.param("head", _logical(_fan_in((1,), (0,)), "vocab", "embed"), shape)
         # An unrolled scan is straight-line code: there the recomputation must be kept from being merged away.
         block = nn.remat(Block, prevent_cse=config.unroll > 1) if config.remat else Block
+        per_layer: Any = (0, nn.broadcast, nn.broadcast)  # the cache; position and rotation are shared
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=per_layer,
             length=config.num_layers,
             unroll=config.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jentropy import base, features
-
-Array = jax.Array
+from jentropy.base import Array
 
 
 class Samples(NamedTuple):
