@@ -195,7 +195,8 @@ class Policy(NamedTuple):
       hidden: `(params, tokens [B, T]) -> [B, T, D]`, the state after reading tokens `0..t`. Right padding needs no
         mask, because attention is causal.
       unembed: `params -> [V, D]`. Column t is scored from `hidden[:, t - 1]`.
-      prefill: `(params, tokens [B, P], capacity) -> (hidden [B, P, D], cache)` with room for `capacity` tokens a row.
+      prefill: `(params, tokens [B, P], capacity) -> (hidden [B, P, D], cache)` with room for `capacity` tokens a row;
+        axis 1 of every leaf of the cache is the row.
       decode: `(params, token [B], cache, position [B]) -> (hidden [B, D], cache)`: writes each row's own position,
         attends to indices up to it.
       logical_axes: `params`-shaped tree of tuples of logical axis names, one name (or None) per dimension.
