@@ -21,7 +21,10 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--out", type=Path, default=None, help="folder (default: runs/quickstart-<time>)")
     run = commands.add_parser("train", help="run an experiment config")
     run.add_argument("config", type=Path, metavar="CONFIG.py", help="a file that defines get_config()")
-    run.add_argument("--set", dest="overrides", action="append", default=[], metavar="path.to.field=value")
+    run.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="path.to.field=value",
+        help="change a field of the config; may be given several times",
+    )  # fmt: skip
     run.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/<name>)")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
     score = commands.add_parser("eval", help="evaluate the newest checkpoint of a run")

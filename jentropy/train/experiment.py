@@ -1,6 +1,7 @@
 """What a run is: a task, a policy and a list of stages. Plain frozen dataclasses, built by a config file."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -132,7 +133,7 @@ class Experiment:
     """One run.
 
     Attributes:
-      name: letters, digits, dot, dash, underscore.
+      name: letters, digits, dot, dash, underscore; does not begin with a dot.
       task: data, tokenizer and graders.
       policy: the model's shape.
       stages: in order.
@@ -157,6 +158,8 @@ class Experiment:
     eval_batch: int = 32
 
     def __post_init__(self) -> None:
+        named = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name)
+        require(named is not None, "name", self.name, "letters, digits, dots, dashes, underscores")
         require(bool(self.stages), "stages", self.stages, "at least one stage")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
         require(self.sampler_tolerance > 0, "sampler_tolerance", self.sampler_tolerance, "positive")

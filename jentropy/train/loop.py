@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -241,7 +242,8 @@ class Run:
         tokens = metrics["response_length/mean"] * stage.num_prompts * stage.num_generations
         self._writer.write(step, {"stage": stage.name, **metrics})
         self._writer.write_timing(step, {"seconds": seconds, "tokens": tokens, "compilations": num_compilations()})
-        self._bar.update(step + 1, reward=metrics["critic/score/mean"], entropy=metrics["actor/entropy"])
+        reward = metrics.get("critic/score/mean", math.nan)  # every grader may have abstained
+        self._bar.update(step + 1, reward=reward, entropy=metrics["actor/entropy"])
 
     def _save(self, index: int, stage_step: int, state: TrainState) -> None:
         step = int(jax.device_get(state.step))
