@@ -13,6 +13,7 @@ from jentropy import embedded
 from jentropy.data import chain_sum
 from jentropy.data.task import chain_sum_task
 from jentropy.policy.transformer import TransformerConfig
+from jentropy.train import loop
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
 from jentropy.train.optimizer import AdamW
 
@@ -46,6 +47,25 @@ def tiny() -> fdl.Config:
         checkpoint_every=3,
         eval_batch=4,
     )
+
+
+class InterruptionError(Exception):
+    """What ends training in `train_until`."""
+
+
+def train_until(step: int, config: fdl.Config, out: Path) -> None:
+    """Trains until the prompts of rollout `step` are due, as if the process had been interrupted there."""
+    real, steps = loop.put_prompts, iter(range(step + 1))
+
+    def put_prompts(prompts, mesh):
+        if next(steps) == step:
+            raise InterruptionError
+        return real(prompts, mesh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "put_prompts", put_prompts)
+        with pytest.raises(InterruptionError):
+            loop.train(config, out, quiet=True)
 
 
 @contextlib.contextmanager

@@ -20,31 +20,12 @@ from jentropy.train.sharding import MeshShape, make_mesh
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 
-class InterruptionError(Exception):
-    """What a test raises inside the loop."""
-
-
 def changed(*overrides):
     return config_lib.apply_overrides(tiny.tiny(), overrides)
 
 
 def train(config, out, **options):
     return loop.train(config, out, quiet=True, **options)
-
-
-def interrupt(monkeypatch, config, out, step):
-    """Trains until the prompts of rollout `step` are on the device, then raises."""
-    real, steps = loop.put_prompts, iter(range(step + 1))
-
-    def put_prompts(prompts, mesh):
-        if next(steps) == step:
-            raise InterruptionError
-        return real(prompts, mesh)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "put_prompts", put_prompts)
-        with pytest.raises(InterruptionError):
-            train(config, out)
 
 
 def metrics_bytes(out):
@@ -90,9 +71,9 @@ def test_equal_configs_write_equal_bytes(finished, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def test_another_seed_writes_other_bytes(finished, tmp_path, monkeypatch):
+def test_another_seed_writes_other_bytes(finished, tmp_path):
     for seed in (0, 1):
-        interrupt(monkeypatch, changed(f"seed={seed}"), tmp_path / str(seed), 2)
+        tiny.train_until(2, changed(f"seed={seed}"), tmp_path / str(seed))
         written = metrics_bytes(tmp_path / str(seed))
         assert written and metrics_bytes(finished[0]).startswith(written) == (seed == 0)
 
@@ -108,9 +89,9 @@ def test_another_seed_writes_other_bytes(finished, tmp_path, monkeypatch):
         (7, 5, ()),  # one stage back
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch, step, resumed_at, overrides):
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, step, resumed_at, overrides):
     config, out = changed(*overrides), tmp_path / "run"
-    interrupt(monkeypatch, config, out, step)
+    tiny.train_until(step, config, out)
     with Checkpoints(out / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == resumed_at
     assert train(config, out, resume=True) == finished[1]
@@ -133,8 +114,8 @@ def test_resume_says_what_changed(finished, tmp_path, capsys):
     assert "evaluation.every = 3" in config_lib.read_lines(out / "config.txt")
 
 
-def test_rewards_of_text_give_the_metrics_of_rewards_on_the_device(finished, tmp_path, monkeypatch):
-    interrupt(monkeypatch, changed("task.reward=text"), tmp_path / "text", tiny.BEFORE)
+def test_rewards_of_text_give_the_metrics_of_rewards_on_the_device(finished, tmp_path):
+    tiny.train_until(tiny.BEFORE, changed("task.reward=text"), tmp_path / "text")
     lines = read_metrics(tmp_path / "text" / "metrics.jsonl")
     assert lines[-1]["stage"] == "after" and len(lines) == tiny.BEFORE + 3 + 1
     assert metrics_bytes(finished[0]).startswith(metrics_bytes(tmp_path / "text"))
@@ -199,15 +180,15 @@ def test_the_evaluation_of_a_run_is_its_final_line(finished):
     assert json.loads((out / "eval.json").read_text()) == line
 
 
-def test_the_evaluation_of_an_interrupted_run_is_that_of_its_checkpoint(tmp_path, monkeypatch):
-    interrupt(monkeypatch, tiny.tiny(), tmp_path / "run", 4)
+def test_the_evaluation_of_an_interrupted_run_is_that_of_its_checkpoint(tmp_path):
+    tiny.train_until(4, tiny.tiny(), tmp_path / "run")
     assert loop.evaluate_run(tmp_path / "run")["step"] == 3
 
 
-def test_what_cannot_be_evaluated_says_why(tmp_path, monkeypatch):
+def test_what_cannot_be_evaluated_says_why(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere holds no run: no config.json"):
         loop.evaluate_run(tmp_path / "nowhere")
-    interrupt(monkeypatch, tiny.tiny(), tmp_path / "run", 1)
+    tiny.train_until(1, tiny.tiny(), tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="run has no checkpoint"):
         loop.evaluate_run(tmp_path / "run")
 
