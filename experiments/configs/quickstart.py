@@ -2,8 +2,9 @@
 
 `jentropy quickstart` makes four runs, those of `jentropy.embedded.quickstart()`: this one (the collapse and the law
 R = -a exp(H) + b of 2505.22617), then shift_grpo, shift_clip_cov and shift_entropy_bonus from one warm start, and sums
-them up in one table and one picture. A config is one run, so this file gives the first; the other three have files of
-these names beside it.
+them up in one table and one picture. A config is one run, so this file gives the first. The files of these four names
+beside it are the same experiments; here each chain holds all methods, those not used at their neutral setting, so that
+the four runs share one compiled step.
 
 Command:  jentropy train experiments/configs/quickstart.py --out runs/quickstart
           jentropy quickstart --out runs/quickstart_all
