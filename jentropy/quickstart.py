@@ -6,6 +6,7 @@ from jentropy import embedded
 from jentropy.report.plots import comparison_plot
 from jentropy.report.summary import law_of, shift_row
 from jentropy.report.tables import table
+from jentropy.theory.law import LawError
 from jentropy.train.loop import train
 from jentropy.train.metrics import read_metrics
 
@@ -20,6 +21,20 @@ COLUMNS = {
 }
 
 
+def _law_text(lines: list[dict]) -> list[str]:
+    """The fitted law of the LAW run, or why there is none."""
+    try:
+        law, entropy, reward = law_of(lines)
+    except LawError as error:
+        return [f"The law of plain GRPO: no fit, {error}."]
+    return [
+        f"The law of plain GRPO, {law.num_points} evaluations of 128 x 8: R = {-law.a:.3f} exp(H) + {law.b:.3f}, "
+        f"R² {law.r_squared:.3f};",
+        f"entropy {entropy[0]:.2f} -> {entropy[-1]:.2f} nats, reward {reward[0]:.2f} -> {reward[-1]:.2f}, "
+        f"ceiling at zero entropy {law.ceiling:.3f} ± {law.ceiling_stderr:.3f} (standard error).",
+    ]
+
+
 def summary_text(runs: dict[str, list[dict]]) -> str:
     """The table of the shift and the fitted law, as text, from the metrics of the four runs."""
     rows = []
@@ -28,7 +43,6 @@ def summary_text(runs: dict[str, list[dict]]) -> str:
         row |= {"method": title, "steps": "never" if row["steps_to_goal"] is None else str(row["steps_to_goal"])}
         rows.append(row)
     final = runs["shift_grpo"][-1]
-    law, entropy, reward = law_of(runs["law_grpo"])
     return "\n".join([
         table(rows, COLUMNS),
         "",
@@ -37,10 +51,7 @@ def summary_text(runs: dict[str, list[dict]]) -> str:
         f"the last three: {final['val/num_prompts']} held-out prompts x 8 samples at temperature 1. One seed each:",
         "experiments/results/shift.md has the same comparison over several seeds and warm starts, with intervals.",
         "",
-        f"The law of plain GRPO, {law.num_points} evaluations of 128 x 8: R = -{law.a:.3f} exp(H) + {law.b:.3f}, "
-        f"R² {law.r_squared:.3f};",
-        f"entropy {entropy[0]:.2f} -> {entropy[-1]:.2f} nats, reward {reward[0]:.2f} -> {reward[-1]:.2f}, "
-        f"ceiling at zero entropy {law.ceiling:.3f} ± {law.ceiling_stderr:.3f} (standard error).",
+        *_law_text(runs["law_grpo"]),
     ])  # fmt: skip
 
 
