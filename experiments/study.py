@@ -173,6 +173,7 @@ def main() -> None:
     text = {"shift": shift, "law": law}[args.study](args)
     print(text)
     if args.write:
+        args.write.parent.mkdir(parents=True, exist_ok=True)
         args.write.write_text(text, encoding="utf-8")
 
 
