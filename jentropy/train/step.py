@@ -207,10 +207,6 @@ def forward(
     return score_rows(scorer, params, frozen, rows, num), pull_micro
 
 
-def _all_finite(tree: Any) -> Array:
-    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
-
-
 class _Carry(NamedTuple):
     params: Any
     opt_state: Any
@@ -224,7 +220,7 @@ Prepare: TypeAlias = Callable[[Rollouts, Quantities], tuple[Rollouts, Array, Any
 def _update(
     spec: StepSpec, state: TrainState, carry: _Carry, rows: Rollouts, index: Array, key: Array, prepare: Prepare
 ) -> tuple[_Carry, Metrics, Any]:
-    """One optimizer update; skipped, and counted, if a number is not finite or no token is valid."""
+    """One optimizer update; skipped, and counted, if loss or gradient norm is not finite or no token is valid."""
     scores, pull = forward(spec, carry.params, state.frozen, rows)
     first = index == 0
     rows = rows.replace(logp_old=jnp.where(first, scores["log_prob"], rows.logp_old))
@@ -237,7 +233,8 @@ def _update(
         return loss(spec, q, part_plan, part_weight, part_rows, first)
 
     gradient, value, metrics = pull(loss_of, (plan.replace(metrics={}), weight, rows))
-    ok = _all_finite((value, gradient)) & jnp.any(rows.loss_mask)
+    norm = optax.tree.norm(gradient)
+    ok = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.any(rows.loss_mask)
     params, opt_state = jax.lax.cond(
         ok,
         lambda: apply_optimizer(spec.optimizer, gradient, carry.opt_state, carry.params),
@@ -246,7 +243,7 @@ def _update(
     mechanism_state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), mechanism_state, carry.mechanism_state)
     one = jnp.ones((), value.dtype)
     metrics = {k: (s, one) if k.endswith("_loss") else (s, n) for k, (s, n) in metrics.items()}
-    metrics |= {**plan.metrics, "actor/loss": (value, one), "actor/grad_norm": (optax.tree.norm(gradient), one)}
+    metrics |= {**plan.metrics, "actor/loss": (value, one), "actor/grad_norm": (norm, one)}
     metrics = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), metrics)
     metrics["update/skipped"] = ((~ok).astype(value.dtype), one)
     return _Carry(params, opt_state, mechanism_state), metrics, found
