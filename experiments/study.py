@@ -151,7 +151,7 @@ Command: `{args.command}`
 
 The ends of reward and entropy are those of the final evaluation, 512 prompts x 8 samples. a, b ± standard error; the
 ceiling at zero entropy with its 90 % bootstrap interval over evaluations. Evaluations of one run are not independent,
-so the errors are too small by an unknown factor; runs differ by their warm start more than by it.
+so the errors are too small by an unknown factor. One seed on each warm start.
 
 {table(rows, columns)}
 """
