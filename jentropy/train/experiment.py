@@ -109,7 +109,7 @@ class Evaluation:
 
     Attributes:
       mixture: weight of each split of the task.
-      every: rollouts between evaluations; the first and last rollout of every stage are evaluated besides.
+      every: rollouts between evaluations, counted from the start of a stage; the end of the run is evaluated besides.
       num_prompts: held-out prompts of an evaluation along the way.
       final_num_prompts: held-out prompts of the evaluation at the end of the run, which also decodes greedily.
       num_samples: responses per prompt; pass@k is reported for k up to it.
