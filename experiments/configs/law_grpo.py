@@ -5,6 +5,7 @@ which both strategies of chained addition are likely, then 100 rollouts of 32 pr
 
 Command:  jentropy train experiments/configs/law_grpo.py --out runs/law_grpo
 Hardware: two CPU cores. Cost: about two minutes, of which half go to the warm start and to compilation, once each.
+Expected: held-out reward .42 -> .98, entropy .75 -> .03 nats, R² .986 (experiments/results/law.md).
 """
 
 import fiddle as fdl
