@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jentropy import config as config_lib
 from jentropy.base import Policy
 from jentropy.data.task import Task
-from jentropy.train.checkpoint import Checkpoints
+from jentropy.train.checkpoint import Checkpoints, CorruptCheckpointError
 from jentropy.train.experiment import Supervised
 from jentropy.train.optimizer import compiled_part, init_optimizer
 from jentropy.train.programs import make_supervised_step
@@ -79,6 +79,14 @@ def run_supervised(
     return params
 
 
+def _is_cached(checkpoints: Checkpoints) -> bool:
+    """Whether there is a warm start that verifies; one that does not is made again, which sets it aside."""
+    try:
+        return checkpoints.latest_step() is not None
+    except CorruptCheckpointError:
+        return False
+
+
 def cached_warm_start(
     config: fdl.Config, policy: Policy, mesh: Mesh, train: Callable[[], Any], cache: Path | None = None
 ) -> tuple[Any, bool]:
@@ -90,7 +98,7 @@ def cached_warm_start(
     folder = (cache or cache_folder()) / "warm_starts" / warm_start_name(config, mesh)
     checkpoints = Checkpoints(folder, max_to_keep=1)
     try:
-        if checkpoints.latest_step() is not None:
+        if _is_cached(checkpoints):
             shapes = jax.eval_shape(policy.init, jax.random.key(0))
             template = jax.tree.map(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -100,8 +108,8 @@ def cached_warm_start(
             return checkpoints.restore(None, template)[0], True
         params = train()
         metadata: Mapping[str, Any] = {"stage": config.stages[0].name}
-        checkpoints.save(0, params, metadata)
-        checkpoints.wait()
+        if not _is_cached(checkpoints):  # another run may have been faster
+            checkpoints.save(0, params, metadata)
         return params, False
     finally:
         checkpoints.close()

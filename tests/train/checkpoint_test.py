@@ -1,4 +1,4 @@
-"""Checkpoints: round trip, refusal of what does not fit, other meshes, damaged and unwritable folders."""
+"""Checkpoints: round trip, refusal of what does not fit, other meshes, unwritable folders."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import pytest
 from flax import struct
 
 from jentropy.train import checkpoint as checkpoint_lib
-from jentropy.train.checkpoint import CheckpointError, Checkpoints
+from jentropy.train.checkpoint import CheckpointError, Checkpoints, CheckpointWriteError
 
 
 @struct.dataclass
@@ -110,18 +110,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jentropy.train.checkpoint import Checkpoints
 def sharding(n, spec):
     return NamedSharding(jax.make_mesh((n,), ("data",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,)), spec)
-x = np.arange(32.0, dtype=np.float32).reshape(8, 4)
+x = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+pairs = [(8, 1), (1, 8), (8, 4), (2, 8), (8, 8)]
 with Checkpoints(sys.argv[1]) as c:
-    c.save(1, {"x": jax.device_put(x, sharding(4, P("data")))}, {})
-    for to in (sharding(2, P(None, "data")), sharding(1, P()), sharding(4, P(None, "data"))):
-        state, _ = c.restore(1, {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)})
+    for step, (old, new) in enumerate(pairs):
+        c.save(step, {"x": jax.device_put(x, sharding(old, P("data")))}, {})
+        to = sharding(new, P(None, "data"))
+        state, _ = c.restore(step, {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)})
         assert state["x"].sharding == to
         np.testing.assert_array_equal(np.asarray(state["x"]), x)
 print("equal")
 """
     run = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
         cwd=Path(checkpoint_lib.__file__).parents[2],
         capture_output=True,
         text=True,
@@ -144,7 +146,7 @@ def with_count(state, **counts):
         (lambda s: with_w(s, jnp.zeros((3, 4), jnp.bfloat16)), r"float32\[3, 4\] at leaf params/layer/w.*bfloat16"),
         (lambda s: with_count(s, extra=jnp.ones(2)), r"has no leaf counts/extra, where the state has float32\[2\]"),
         (lambda s: s.replace(params={"layer": {"w": s.params["layer"]["w"]}}), r"at leaf params/layer/b.*has nothing"),
-        (lambda s: s.replace(key=s.key[:2]), r"uint32\[3, 2\] at leaf key, where the state has uint32\[2, 2\]"),
+        (lambda s: s.replace(key=s.key[:2]), r"key<fry>\[3\] at leaf key, where the state has key<fry>\[2\]"),
         (lambda s: s.replace(key=jax.random.key_data(s.key)), r"key<fry>\[3\] at leaf key.*uint32\[3, 2\]"),
         (lambda s: s.replace(step=7), r"int32\[\] at leaf step, where the state has int"),
         (lambda s: with_count(s, rate=1), r"has float at leaf counts/rate, where the state has int"),
@@ -185,19 +187,9 @@ def test_a_failed_or_interrupted_save_leaves_no_step(tmp_path):
         assert checkpoints.restore(None, {"x": jnp.zeros(2)})[0]["x"].tolist() == [1.0, 1.0]
 
 
-def test_damaged_files_are_reported(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"x": jnp.ones(2)}, {})
-        (tmp_path / "1" / "state" / "manifest.ocdbt").write_bytes(b"torn")
-        with pytest.raises(CheckpointError, match=r"step 1 in .* cannot be read"):
-            checkpoints.restore(1, {"x": jnp.zeros(2)})
-        (tmp_path / "1" / "metadata" / "metadata").write_bytes(b"{")
-        with pytest.raises(CheckpointError, match=r"step 1 in .* cannot be read"):
-            checkpoints.latest_metadata()
-
-
 def test_an_unwritable_folder_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(CheckpointError, match=f"cannot write checkpoints to {file}/run"):
+    with pytest.raises(CheckpointWriteError, match=f"cannot write checkpoints to {file}/run") as error:
         Checkpoints(file / "run")
+    assert error.value.exit_code == 74

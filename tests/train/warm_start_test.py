@@ -77,6 +77,16 @@ def test_two_runs_may_make_the_same_warm_start_at_once(tmp_path):
     assert make(tiny.tiny(), tmp_path)[1]
 
 
+def test_a_damaged_warm_start_is_made_again(tmp_path):
+    params, _ = make(tiny.tiny(), tmp_path)
+    (file,) = tmp_path.glob("warm_starts/*/0/state/_METADATA")
+    file.write_bytes(file.read_bytes()[:-1])
+    again, cached = make(tiny.tiny(), tmp_path)
+    assert not cached
+    assert_equal(params, again)
+    assert make(tiny.tiny(), tmp_path)[1]
+
+
 def test_the_supervised_step_is_compiled_once():
     experiment = config_lib.build(tiny.tiny())
     stage, policy, mesh = experiment.stages[0], transformer(experiment.policy), make_mesh(MeshShape())
