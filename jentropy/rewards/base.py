@@ -10,6 +10,14 @@ import numpy as np
 from jentropy import base
 
 
+class RewardError(ValueError):
+    """A grader that returned what is no reward, or that failed too often; names the function and the row."""
+
+
+class RewardTypeError(RewardError, TypeError):
+    """A grader that returned something of a wrong type."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DeviceReward:
     """A grader of token arrays: pure, jit-able, runs inside the step.
@@ -67,15 +75,17 @@ def grade_text(
       is_valid: `[B]` bool, False where it abstained.
 
     Raises:
-      TypeError: the function did not return a sequence of numbers and None; names it and the row.
-      ValueError: wrong length, or a value that is not finite in float32; names the function and the row.
+      RewardTypeError: the function did not return a sequence of numbers and None; names it and the row.
+      RewardError: wrong length, or a value that is not finite in float32; names the function and the row.
     """
-    columns = {name: np.asarray(column).tolist() for name, column in fields.items()}
+    columns = {
+        name: column.tolist() if isinstance(column, np.ndarray) else list(column) for name, column in fields.items()
+    }
     graded = reward.function(prompts, completions, **columns)
     if not isinstance(graded, list | tuple | np.ndarray):
-        raise TypeError(f"reward {reward.name!r} must return a list, got {type(graded).__name__}")
+        raise RewardTypeError(f"reward {reward.name!r} must return a list, got {type(graded).__name__}")
     if len(graded) != len(completions):
-        raise ValueError(f"reward {reward.name!r} returned {len(graded)} values for {len(completions)} rows")
+        raise RewardError(f"reward {reward.name!r} returned {len(graded)} values for {len(completions)} rows")
     values = np.zeros(len(graded), np.float32)
     is_valid = np.asarray([value is not None for value in graded], bool)
     for row, value in enumerate(graded):
@@ -87,10 +97,13 @@ def grade_text(
 def _checked(value: object, name: str, row: int) -> float:
     """A grader's value as a float, or an error that names the grader and the row."""
     if not isinstance(value, numbers.Real | np.bool_):
-        raise TypeError(
+        raise RewardTypeError(
             f"reward {name!r} returned {type(value).__name__} {value!r} for row {row}, not a number or None"
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer too large for any float
+        number = math.inf
     if not abs(number) <= float(np.finfo(np.float32).max):
-        raise ValueError(f"reward {name!r} returned {value!r} for row {row}, not finite in float32")
+        raise RewardError(f"reward {name!r} returned {number!r} for row {row}, not finite in float32")
     return number
