@@ -148,8 +148,9 @@ class DemonstrationSource:
         minimiser of the weighted loss starts strategy 1 with probability p and keeps both skills.
 
         Args:
-          splits: by split name, arrays by feature name: `prompt` `[N, L]` without padding beyond the task's own,
-            `response` `[N, R]` right padded, `response_length` `[N]`, `strategy` `[N]` (0 or 1, half each).
+          splits: by split name, arrays by feature name: `prompt` `[N, L]`, right padded if there is a
+            `prompt_length` `[N]` (default L), `response` `[N, R]` right padded, `response_length` `[N]`, `strategy`
+            `[N]` (0 or 1, half each).
           weights: unnormalised probability by split name.
           strategy_prior: p in `[0, 1]`.
 
@@ -167,7 +168,17 @@ class DemonstrationSource:
         prior = self._strategy_prior
         weight = (np.arange(rows["response"].shape[1]) < rows["response_length"][:, None]).astype(np.float32)
         weight[:, 0] *= np.where(rows["strategy"] == 1, prior / 0.5, (1 - prior) / 0.5)
-        return Demonstrations(
-            tokens=np.concatenate([rows["prompt"], rows["response"]], axis=1),
-            weight=np.concatenate([np.zeros(rows["prompt"].shape, np.float32), weight], axis=1),
-        )
+        tokens = np.concatenate([rows["prompt"], rows["response"]], axis=1)
+        weight = np.concatenate([np.zeros(rows["prompt"].shape, np.float32), weight], axis=1)
+        if "prompt_length" in rows:
+            order = _close_gap(rows["prompt_length"], rows["prompt"].shape[1], tokens.shape[1])
+            tokens, weight = (np.take_along_axis(array, order, axis=1) for array in (tokens, weight))
+        return Demonstrations(tokens=tokens, weight=weight)
+
+
+def _close_gap(length: np.ndarray, prompt_columns: int, num_columns: int) -> np.ndarray:
+    """The columns `[B, num_columns]` of rows in which the response follows the prompt and the prompt's padding ends."""
+    column, end = np.arange(num_columns)[None, :], length[:, None]
+    response_columns = num_columns - prompt_columns
+    moved = np.where(column < end + response_columns, column + prompt_columns - end, column - response_columns)
+    return np.where(column < end, column, moved)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from jentropy import base
-from jentropy.data import chain_sum
+from jentropy.data import chain_sum, jsonl, jsonl_arrays
 from jentropy.data.source import DemonstrationSource, MixtureSource
-from jentropy.data.tokenizer import CharTokenizer
+from jentropy.data.tokenizer import Tokenizer, char_tokenizer, file_tokenizer
 from jentropy.rewards import chain_sum as chain_sum_rewards
-from jentropy.rewards.base import Reward
+from jentropy.rewards.base import DeviceReward, Reward, TextReward
+from jentropy.rewards.functions import text_reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,23 +26,25 @@ class Task:
       prompt_columns: L, columns of the prompt bucket.
       max_new_tokens: longest response.
       rewards: the graders, one reward column each.
-      difficulty_field: the prompt field by which reports and mixtures group.
-      difficulties: its values; the splits of each are named `train_<value>` and `heldout_<value>`.
+      difficulty_field: the prompt field by which reports group; None if they do not.
+      difficulties: what mixtures weigh: the splits of each are named `train_<value>` and `heldout_<value>`.
       split_arrays: `(config, split, data_dir) -> {feature: [N, ...]}`, configs "prompts" and "demonstrations".
       data_dir: folder of the datasets; None for `storage.default_data_dir()`.
+      sources: (file name, sha256) of the files that the data were made of, if there are any.
     """
 
     name: str
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     prompt_columns: int
     max_new_tokens: int
     rewards: tuple[Reward, ...]
-    difficulty_field: str
-    difficulties: tuple[int, ...]
+    difficulty_field: str | None
+    difficulties: tuple[int | str, ...]
     split_arrays: Callable[[str, str, str | None], dict[str, np.ndarray]]
     data_dir: str | None = None
+    sources: tuple[tuple[str, str], ...] = ()
 
-    def prompts(self, split_prefix: str, weights: Mapping[int, float]) -> MixtureSource:
+    def prompts(self, split_prefix: str, weights: Mapping) -> MixtureSource:
         """Prompts of the "train" or "heldout" splits.
 
         Args:
@@ -53,7 +57,7 @@ class Task:
         base.require(split_prefix in ("train", "heldout"), "split_prefix", split_prefix, "'train' or 'heldout'")
         return MixtureSource(self._splits("prompts", split_prefix), weights)
 
-    def demonstrations(self, weights: Mapping[int, float], strategy_prior: float = 0.5) -> DemonstrationSource:
+    def demonstrations(self, weights: Mapping, strategy_prior: float = 0.5) -> DemonstrationSource:
         """Supervised rows of the "train" splits, `prompt_columns + max_new_tokens` columns.
 
         Args:
@@ -62,7 +66,7 @@ class Task:
         """
         return DemonstrationSource(self._splits("demonstrations", "train"), weights, strategy_prior=strategy_prior)
 
-    def _splits(self, config: str, prefix: str) -> dict[int, dict[str, np.ndarray]]:
+    def _splits(self, config: str, prefix: str) -> dict[int | str, dict[str, np.ndarray]]:
         splits = {}
         for difficulty in self.difficulties:
             arrays = self.split_arrays(config, f"{prefix}_{difficulty}", self.data_dir)
@@ -112,4 +116,60 @@ def chain_sum_task(*, data_dir: str | os.PathLike | None = None, reward: str = "
         difficulties=chain_sum.NUM_DIGITS,
         split_arrays=chain_sum.split_arrays,
         data_dir=None if data_dir is None else os.fspath(data_dir),
+    )
+
+
+def jsonl_task(
+    *, path: str, rewards: Sequence[str | Callable | Reward] | str | Callable | Reward, max_new_tokens: int,
+    tokenizer: str | Tokenizer | None = None, prompt_columns: int | None = None, heldout_fraction: float = 0.1,
+    data_dir: str | None = None,
+) -> Task:  # fmt: skip
+    """A task from a user's own prompts and graders; see `data/jsonl.py`. Mixtures weigh the stems of the files.
+
+    Args:
+      path: a JSONL file of `{"prompt", "answer", ...}`, or a directory of them.
+      rewards: graders: functions `(prompts, completions, **fields) -> list of numbers or None`, each as itself, as
+        "path/to/file.py:name", or as `rewards.functions.text_reward(...)` makes it, with a weight and limits. Those
+        that are not made so run in two worker processes with a deadline of 10 s.
+      max_new_tokens: longest response, its end included.
+      tokenizer: the path of a `tokenizer.json`, or a tokenizer; None for the characters of the data.
+      prompt_columns: L, tokens of the longest prompt allowed; None for the longest there is, rounded up to a multiple
+        of 8.
+      heldout_fraction: share of held-out prompts, in (0, 1).
+      data_dir: folder of all datasets; None for `storage.default_data_dir()`.
+
+    Raises:
+      CorruptDataError: the prepared dataset is not what was written.
+      ValueError: bad data, a bad grader, or a number out of range; names it.
+      OSError: a file cannot be read or written; names it.
+      ImportError: a `tokenizer.json` without the package `tokenizers`.
+    """
+    base.require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    base.require(prompt_columns is None or prompt_columns >= 1, "prompt_columns", prompt_columns, "at least 1")
+    listed = rewards if isinstance(rewards, list | tuple) else (rewards,)
+    base.require(len(listed) > 0, "rewards", rewards, "at least one")
+    graders = tuple(
+        item if isinstance(item, DeviceReward | TextReward) else text_reward(item)  # pyright: ignore
+        for item in listed
+    )
+    data = jsonl.prepare(path, heldout_fraction=heldout_fraction, data_dir=data_dir)
+    if tokenizer is None:
+        tokenizer = char_tokenizer(jsonl_arrays.texts(data))
+    elif isinstance(tokenizer, str | os.PathLike):
+        tokenizer = file_tokenizer(tokenizer)
+    longest = jsonl_arrays.longest_prompt(data, tokenizer)
+    columns = -(-longest // 8) * 8 if prompt_columns is None else prompt_columns
+    return Task(
+        name=pathlib.Path(path).stem,
+        tokenizer=tokenizer,
+        prompt_columns=columns,
+        max_new_tokens=max_new_tokens,
+        rewards=graders,
+        difficulty_field="part" if len(data.parts) > 1 else None,
+        difficulties=data.parts,
+        split_arrays=jsonl_arrays.JsonlArrays(
+            data=data, tokenizer=tokenizer, prompt_columns=columns, max_new_tokens=max_new_tokens
+        ),
+        data_dir=data_dir,
+        sources=data.sources,
     )

@@ -16,13 +16,16 @@ from jentropy.rollout.iid import RolloutSpec
 from jentropy.train.programs import make_rollout
 from jentropy.train.sharding import replicated, row_sharding
 
+_DEVICE_DTYPES = ("int32", "float32", "bool")
+
 _CALLS = 1024
 """Most calls of the sampler in one evaluation: the stride of its random streams."""
 
 
 def put_prompts(prompts: Prompts, mesh: Mesh) -> tuple[Array, Array, dict[str, Array]]:
-    """Tokens, lengths and fields of `prompts` on the devices, by rows."""
-    arrays = (prompts.tokens, prompts.length, dict(prompts.fields))
+    """Tokens, lengths and those fields of `prompts` that are numbers of a device's types, on the devices, by rows."""
+    fields = {name: field for name, field in prompts.fields.items() if field.dtype.name in _DEVICE_DTYPES}
+    arrays = (prompts.tokens, prompts.length, fields)
     return jax.device_put(arrays, row_sharding(mesh))
 
 
@@ -116,7 +119,6 @@ class Evaluator:
         """
         total, correct, entropy, lengths, truncated = self._sample(params, key, step, False)
         n = self._num_samples
-        level = self._prompts.fields[self._task.difficulty_field][: len(total)]
         metrics = {
             f"val/reward/mean@{n}": float(total.mean()),
             "val/entropy": float(entropy.sum() / max(lengths.sum(), 1)),
@@ -124,15 +126,23 @@ class Evaluator:
             "val/truncated": float(truncated.mean()),
             "val/num_prompts": len(total),
         }
-        for value in np.unique(level):
-            metrics[f"val/reward/difficulty={value}"] = float(total[level == value].mean())
-        if (level >= self._hard_from).any():
-            metrics[f"val/reward_hard/mean@{n}"] = float(total[level >= self._hard_from].mean())
+        metrics |= self._by_difficulty(total)
         metrics |= self._intervals(total.mean(1), correct.sum(1))
         if greedy:
             best = self._sample(params, key, step, True)[0]
             metrics["val/reward/greedy"] = float(best.mean())
         return metrics
+
+    def _by_difficulty(self, total: np.ndarray) -> dict[str, float]:
+        """Mean rewards of the prompts of each difficulty, and of the hard ones where difficulties are numbers."""
+        name = self._task.difficulty_field
+        if name is None:
+            return {}
+        level = self._prompts.fields[name][: len(total)]
+        found = {f"val/reward/difficulty={value}": float(total[level == value].mean()) for value in np.unique(level)}
+        if level.dtype.kind in "iu" and (level >= self._hard_from).any():
+            found[f"val/reward_hard/mean@{self._num_samples}"] = float(total[level >= self._hard_from].mean())
+        return found
 
     def _intervals(self, reward: np.ndarray, num_correct: np.ndarray) -> Mapping[str, float]:
         n = self._num_samples

@@ -39,6 +39,8 @@ def init_params(policy: Policy, seed: int, mesh: Mesh) -> Any:
 def warm_start_name(config: fdl.Config, mesh: Mesh) -> str:
     """Hex digest of all that the parameters after a supervised first stage depend on."""
     parts = [config_lib.identity(part) for part in (config.stages[0], config.policy, config.task)]
+    task = config_lib.build(config.task)
+    parts += [repr(task.tokenizer), *(sha256 for _, sha256 in task.sources)]
     versions = [f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "optax")]
     topology = f"{jax.default_backend()} {dict(mesh.shape)}"
     return hashlib.sha256(json.dumps([parts, versions, topology, _source()]).encode()).hexdigest()[:32]
