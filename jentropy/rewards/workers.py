@@ -36,6 +36,7 @@ FAILURES = ("hang", "crash", "flood", "exception")
 
 _ROWS_PER_CALL = 64
 _START_SECONDS = 60.0
+_FAILED_STARTS = 3
 _PRINTED_BYTES = 64 * 1024
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -94,6 +95,7 @@ class Pool:
     def __init__(self, grader: WorkerGrader) -> None:
         self._grader = grader
         self._workers: list[_Worker] = []
+        self._failed_starts = 0
         self.totals: collections.Counter[str] = collections.Counter()
 
     def grade(self, prompts: Sequence[str], completions: Sequence[str], fields: Mapping[str, Sequence]) -> Graded:
@@ -132,6 +134,7 @@ class Pool:
         for worker in self._workers:
             worker.kill()
         self._workers.clear()
+        self._failed_starts = 0
 
     def _split(self, size: int) -> list[list[int]]:
         step = min(_ROWS_PER_CALL, max(1, -(-size // self._grader.num_workers)))
@@ -166,10 +169,16 @@ class Pool:
             if isinstance(outcome, str):
                 worker.kill()
                 self._workers.remove(worker)
+                self._failed_starts += starting
+                if self._failed_starts > _FAILED_STARTS:
+                    raise RewardError(f"reward {found.target!r}: its workers do not start ({outcome})")
                 if starting:
-                    raise RewardError(f"reward {found.target!r}: its worker did not start ({outcome})")
+                    continue
                 outcome = {"failure": outcome}
-            if outcome is None or outcome.get("ready"):
+            if outcome is None:
+                continue
+            if outcome.get("ready"):
+                self._failed_starts = 0
                 continue
             if "failed" in outcome:
                 raise RewardError(f"reward {found.target!r} cannot be loaded: {outcome['failed']}")

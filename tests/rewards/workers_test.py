@@ -128,6 +128,13 @@ def test_a_killed_worker_costs_at_most_a_retry():
         assert graded.is_valid.all() and not graded.counters
 
 
+def test_workers_that_do_not_start(tmp_path):
+    (tmp_path / "dies.py").write_text("import os\nos._exit(1)\n")
+    found = workers.Pool(workers.WorkerGrader(target=f"{tmp_path / 'dies.py'}:f", num_workers=1))
+    with pytest.raises(RewardError, match=r"dies.py:f': its workers do not start \(crash\)"):
+        grade(found, ["1"])
+
+
 def test_a_worker_is_a_fresh_interpreter():
     with pool("is_fresh") as found:
         assert grade(found, ["", ""]).values.tolist() == [1.0, 1.0]
