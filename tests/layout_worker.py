@@ -135,29 +135,30 @@ def _own(tree: Any, num: int) -> Any:
 
 def mapped_step(spec: StepSpec, state: TrainState, rows: Rollouts) -> Any:
     """Parameters after a step, from the rows of one device: plans are made of all, gradients summed over devices."""
-    num, params, opt_state, mechanism_state = rows.row_id.shape[0], state.params, state.opt_state, state.mechanism_state
-    rows = select_valid(rows)
+    num, rows = rows.row_id.shape[0], select_valid(rows)
     reference = make_scorer(POLICY, (LOG_PROB,), spec.temperature)(state.frozen["reference"], {}, rows)
     rows = rows.replace(
-        logp_old=spec.scorer(params, state.frozen, rows)["log_prob"],
+        logp_old=spec.scorer(state.params, state.frozen, rows)["log_prob"],
         token_data={**rows.token_data, "ref_log_prob": reference["log_prob"]},
     )
-    advantage, _, _, _ = spec.estimate(_gather(rows), state.estimator_state)
+    batch = _gather(rows)
+    advantage, _, _, _ = spec.estimate(batch, state.estimator_state)
     key = jax.random.fold_in(jax.random.fold_in(state.key, UPDATES), state.step)
     plan_key = jax.random.split(key)[1]
-    for index in range(spec.num_epochs):
+
+    def update(carry: tuple[Any, Any, Any], index: jax.Array) -> tuple[tuple[Any, Any, Any], None]:
+        params, opt_state, mechanism_state = carry
         q, pull = jax.vjp(lambda p: spec.scorer(p, state.frozen, rows), params)
-        signals = Signals(batch=_gather(rows), scores=_gather(q), step=state.step, update_index=jnp.int32(index))
-        plan, weight, mechanism_state = plan_update(
-            spec, mechanism_state, signals, advantage, jax.random.fold_in(plan_key, index)
-        )
+        signals = Signals(batch=batch, scores=_gather(q), step=state.step, update_index=index)
+        update_key = jax.random.fold_in(plan_key, index)
+        plan, weight, mechanism_state = plan_update(spec, mechanism_state, signals, advantage, update_key)
         plan, weight = _own((plan.replace(metrics={}), weight), num)
-        cotangent, _ = jax.grad(functools.partial(loss, spec), has_aux=True)(
-            q, plan, weight, rows, jnp.bool_(index == 0)
-        )
+        cotangent, _ = jax.grad(functools.partial(loss, spec), has_aux=True)(q, plan, weight, rows, index == 0)
         gradient = jax.lax.psum(pull(cotangent)[0], "rows")
-        params, opt_state = apply_optimizer(spec.optimizer, gradient, opt_state, params)
-    return params
+        return (*apply_optimizer(spec.optimizer, gradient, opt_state, params), mechanism_state), None
+
+    start = state.params, state.opt_state, state.mechanism_state
+    return jax.lax.scan(update, start, jnp.arange(spec.num_epochs, dtype=jnp.int32))[0][0]
 
 
 def by_pmap(spec: StepSpec, state: TrainState, rows: Rollouts) -> Any:
