@@ -38,6 +38,7 @@ setup(
     extras_require={
         "test": TEST,
         "dev": [*TEST, "pre-commit>=4.0", "pyright[nodejs]>=1.1.414", "nbstripout>=0.9"],
+        "hf": ["tokenizers>=0.22"],
         "notebooks": ["jupyterlab>=4.4", "nbclient>=0.10", "ipykernel>=6.29"],
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],

@@ -6,9 +6,9 @@ Prints one line of a Markdown table per fault and returns 1 if any trial failed.
 function, `--kinds` times; a trial fails if the error does not name function and row, or if a row that raises costs
 more than itself. F19: `--rows` rows that hang, spin, crash, leave, print or eat memory, among good ones; a trial fails
 if the row has a reward, if a good row beside it has none, if the batch takes more than a deadline and a second per
-broken row and call, or if a process is left. F20: a worker is killed while it grades; a trial fails if more than a row is lost.
-F28: a bit is flipped in a prepared dataset; a trial fails if it is read even so. F30: workers start after JAX has
-compiled and run a program; a trial fails if one does not answer.
+broken row and call, or if a process is left. F20: a worker is killed while it grades; a trial fails if more than one
+row is lost. F28: a bit is flipped in a prepared dataset; a trial fails if it is read even so. F30: workers start after
+JAX has compiled and run a program; a trial fails if one does not answer.
 """
 
 import argparse
