@@ -55,7 +55,7 @@ def test_intervals_are_drawn_as_a_band(tmp_path):
 def test_run_plot_prefers_the_covariance(tmp_path):
     lines = [line | {"cov/mean": 0.1} for line in run()]
     words = draw(run_plot, tmp_path, lines, "run")
-    assert "Covariance of log-probability" in words
+    assert "Covariance of log" in words
     assert "tokens clipped" not in words
 
 
