@@ -109,8 +109,13 @@ class Plan:
         return self.replace(terms={**self.terms, name: self.terms.get(name, 0.0) + coefficient})
 
     def report(self, **metrics: tuple[Array, Array]) -> "Plan":
-        """Returns the plan with `(sum, count)` metrics added; keywords use `__` for `/`."""
-        return self.replace(metrics={**self.metrics, **{k.replace("__", "/"): v for k, v in metrics.items()}})
+        """Returns the plan with `(sum, count)` metrics; keywords use `__` for `/`, and those of one name add up."""
+        merged = dict(self.metrics)
+        for keyword, (total, count) in metrics.items():
+            name = keyword.replace("__", "/")
+            before = merged.get(name, (jnp.zeros_like(total), jnp.zeros_like(count)))
+            merged[name] = (before[0] + total, before[1] + count)
+        return self.replace(metrics=merged)
 
 
 class Output(NamedTuple):

@@ -301,3 +301,10 @@ def test_blocks_must_have_rows():
         blockwise(entropy_bonus(), rows=0)
     with pytest.raises(ValueError, match="rows must be at least 1, got -1"):
         blockwise_normaliser(token_mean, rows=-1)
+
+
+def test_metrics_of_one_name_add_up():
+    _, signals, advantage = toy.random_batch(shape=(ROWS, COLUMNS))
+    one, two = jnp.float32(1.0), jnp.float32(2.0)
+    plan = initial_plan(signals.batch, advantage).report(a__b=(one, two), c=(one, one)).report(a__b=(two, one))
+    chex.assert_trees_all_equal(plan.metrics, {"a/b": (jnp.float32(3.0), jnp.float32(3.0)), "c": (one, one)})
