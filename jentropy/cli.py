@@ -1,6 +1,7 @@
 """The command line: parse, build the config, call."""
 
 import argparse
+import errno
 import json
 import logging
 import sys
@@ -8,10 +9,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import fiddle as fdl
+
 from jentropy import config as config_lib
+from jentropy.data.jsonl import CorruptDataError
 from jentropy.quickstart import quickstart
 from jentropy.train.checkpoint import CheckpointError
+from jentropy.train.doctor import doctor
+from jentropy.train.lock import LockedError
 from jentropy.train.loop import evaluate_run, train
+from jentropy.train.preflight import run_folder
+from jentropy.train.quarantine import NumericError, QuarantineError
+from jentropy.train.signals import PreemptedError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,42 +36,77 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/<name>)")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder")
+    run.add_argument(
+        "--strict", action="store_true", help="resume from the newest checkpoint or, if damaged, not at all"
+    )
+    run.add_argument("--allow-change", action="store_true", help="resume with changes of the config that need it")
     score = commands.add_parser("eval", help="evaluate the newest checkpoint of a run")
     score.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     score.add_argument(
         "--config", type=Path, metavar="CONFIG.py", help="the run's config, if it has functions of its own"
     )
+    check = commands.add_parser("doctor", help="verify a run, replay a skipped batch, compare two runs")
+    check.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    check.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="a run to compare it with, line by line")
+    check.add_argument("--replay", action="store_true", help="replay the newest quarantined batch")
+    check.add_argument("--step", type=int, default=None, help="replay the quarantined batch of this step")
+    check.add_argument("--config", type=Path, metavar="CONFIG.py", help="its config, if it has functions of its own")
     return parser
 
 
-def _quickstart(args: argparse.Namespace) -> str:
+def _config_at(path: Path | None) -> fdl.Config | None:
+    return config_lib.load_config(path) if path else None
+
+
+def _quickstart(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
     text = quickstart(out)
-    return f"\n{text}\n\nPicture: {out / 'quickstart.png'}\nRuns, metrics and this table: {out}"
+    print(f"\n{text}\n\nPicture: {out / 'quickstart.png'}\nRuns, metrics and this table: {out}")
+    return 0
 
 
-def _train(args: argparse.Namespace) -> str:
+def _train(args: argparse.Namespace) -> int:
     config = config_lib.apply_overrides(config_lib.load_config(args.config), args.overrides)
-    out = args.out or Path("runs") / config.name
-    final = train(config, out, resume=args.resume)
-    return f"{json.dumps(final, indent=1)}\nPicture: {out / 'plot.png'}\nRun: {out}"
+    out = args.out or run_folder(Path("runs"), config.name)
+    final = train(config, out, resume=args.resume, strict=args.strict, allow_change=args.allow_change)
+    print(f"{json.dumps(final, indent=1)}\nPicture: {out / 'plot.png'}\nRun: {out}")
+    return 0
 
 
-def _eval(args: argparse.Namespace) -> str:
-    config = config_lib.load_config(args.config) if args.config else None
-    return json.dumps(evaluate_run(args.run, config), indent=1)
+def _eval(args: argparse.Namespace) -> int:
+    print(json.dumps(evaluate_run(args.run, _config_at(args.config)), indent=1))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    report = doctor(
+        args.run, replay_step=args.step, replay_newest=args.replay, other=args.other, config=_config_at(args.config)
+    )
+    print(report.text())
+    return report.exit_code
+
+
+_FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 2 for a bad config, folder or argument."""
+    """Runs a command; returns the exit code.
+
+    0 done, 2 bad config, folder or argument, 65 damaged files, 70 numbers that are not finite, 73 another process runs
+    in the folder, 74 a full or failing disk, 75 stopped by a signal with its checkpoint committed, 77 (from the
+    watchdog) a hang.
+    """
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    command = {"quickstart": _quickstart, "train": _train, "eval": _eval, "doctor": _doctor}[args.command]
     try:
-        print({"quickstart": _quickstart, "train": _train, "eval": _eval}[args.command](args))
-    except (config_lib.ConfigError, CheckpointError, ValueError, OSError) as error:
+        return command(args)
+    except (CheckpointError, CorruptDataError, LockedError, NumericError, PreemptedError, QuarantineError) as error:
         print(f"jentropy: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return error.exit_code
+    except (config_lib.ConfigError, ValueError, OSError, ImportError) as error:
+        print(f"jentropy: {error}", file=sys.stderr)
+        return 74 if isinstance(error, OSError) and error.errno in _FULL_OR_BROKEN else 2
 
 
 if __name__ == "__main__":

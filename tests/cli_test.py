@@ -1,5 +1,6 @@
 """The command line without training: configs found and changed, refusals with exit code 2, help."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from jentropy import cli
+from jentropy.data import jsonl
+from jentropy.train import checkpoint, lock, quarantine, signals
 from jentropy.train.checkpoint import CheckpointError
 
 CONFIGS = Path(__file__).parent.parent / "experiments" / "configs"
@@ -20,7 +23,8 @@ def trained(monkeypatch):
     """The calls of `train`, which does nothing."""
     calls = []
 
-    def train(config, out, *, resume):
+    def train(config, out, *, resume, strict, allow_change):
+        assert not strict and not allow_change
         calls.append((config, out, resume))
         return {"step": 10, "val/reward/mean@8": 0.5}
 
@@ -44,6 +48,28 @@ def test_train_builds_the_changed_config(trained, capsys):
     text = capsys.readouterr().out
     assert json.loads(text[: text.index("Picture")]) == {"step": 10, "val/reward/mean@8": 0.5}
     assert f"Picture: {Path('somewhere') / 'plot.png'}\nRun: somewhere" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (lambda: checkpoint.CorruptCheckpointError("step 2 is damaged"), 65),
+        (lambda: jsonl.CorruptDataError("the data have changed"), 65),
+        (lambda: quarantine.NumericError("the last 4 rollouts"), 70),
+        (lambda: lock.LockedError("run 1 on host"), 73),
+        (lambda: checkpoint.CheckpointWriteError("disk full"), 74),
+        (lambda: OSError(errno.ENOSPC, "no room", "somewhere"), 74),
+        (lambda: signals.PreemptedError("SIGTERM"), 75),
+        (lambda: PermissionError("not writable"), 2),
+    ],
+)
+def test_what_ends_a_run_has_an_exit_code(error, code, monkeypatch, capsys):
+    def train(*args, **kwargs):
+        raise error()
+
+    monkeypatch.setattr(cli, "train", train)
+    assert cli.main(["train", SMOKE]) == code
+    assert capsys.readouterr().err.startswith("jentropy: ")
 
 
 def test_a_run_is_named_by_its_config_and_may_be_resumed(trained):

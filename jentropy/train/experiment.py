@@ -31,7 +31,7 @@ class Supervised:
     name: str = "warm_start"
     steps: int
     batch_size: int = 256
-    mixture: Mapping[int, float]
+    mixture: Mapping[int | str, float]
     optimizer: AdamW = dataclasses.field(default_factory=AdamW)
     options: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seed: int = 0
@@ -63,7 +63,7 @@ class Reinforce:
     name: str = "rl"
     steps: int
     objective: Objective
-    mixture: Mapping[int, float]
+    mixture: Mapping[int | str, float]
     num_prompts: int = 32
     num_generations: int = 8
     optimizer: AdamW = dataclasses.field(default_factory=AdamW)
@@ -116,7 +116,7 @@ class Evaluation:
       hard_from: prompts whose difficulty is at least this are reported apart as well.
     """
 
-    mixture: Mapping[int, float]
+    mixture: Mapping[int | str, float]
     every: int = 10
     num_prompts: int = 128
     final_num_prompts: int = 512
@@ -144,6 +144,7 @@ class Experiment:
       sampler_tolerance: largest difference between the sampler's and the trainer's log-probabilities, over the larger
         of 1 nat and their size, in the first rollout after a start; more is an error.
       eval_batch: prompts per call of the evaluation's sampler.
+      hang_limit: seconds after which a part of the run that does not end stops the process; None for never.
     """
 
     name: str
@@ -156,6 +157,7 @@ class Experiment:
     checkpoint_every: int = 100
     sampler_tolerance: float = 1e-5
     eval_batch: int = 32
+    hang_limit: float | None = 1800.0
 
     def __post_init__(self) -> None:
         named = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name)
@@ -164,6 +166,8 @@ class Experiment:
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
         require(self.sampler_tolerance > 0, "sampler_tolerance", self.sampler_tolerance, "positive")
         require(self.eval_batch >= 1, "eval_batch", self.eval_batch, "at least 1")
+        positive = self.hang_limit is None or self.hang_limit > 0
+        require(positive, "hang_limit", self.hang_limit, "positive or None")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), "stages", names, "of different names")
         vocab = self.task.tokenizer.vocab_size

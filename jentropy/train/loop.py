@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fiddle as fdl
 import jax
@@ -18,20 +18,25 @@ from jentropy import config as config_lib
 from jentropy.base import Metrics, Policy
 from jentropy.policy.transformer import transformer
 from jentropy.report.plots import run_plot
+from jentropy.rewards import workers
 from jentropy.rollout.iid import RolloutSpec
 from jentropy.train.allocator import keep_freed_memory
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.compilations import num_compilations
 from jentropy.train.evaluate import Evaluator, grade_on_host, put_prompts
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
-from jentropy.train.folder import prepare_folder, write_header
+from jentropy.train.folder import open_folder, write_header
 from jentropy.train.metrics import MetricsWriter, divide, read_metrics
+from jentropy.train.preflight import check_room, num_bytes
 from jentropy.train.programs import EVALUATION, SAMPLING, make_rollout
 from jentropy.train.progress import Progress
+from jentropy.train.quarantine import Batch, Quarantine, trailing_skips
 from jentropy.train.sharding import make_mesh, replicated
+from jentropy.train.signals import StopSignals
 from jentropy.train.state import TrainState, new_stage, state_shardings
 from jentropy.train.step import make_spec, make_train_step
 from jentropy.train.warm_start import cache_folder, cached_warm_start, init_params, run_supervised
+from jentropy.train.watchdog import Watchdog
 
 _WARM = 2
 """Steps of a stage after which nothing may be compiled any more."""
@@ -82,12 +87,23 @@ class Stepper:
         self._task, self._mesh, self._key = task, mesh, key
         self._seed, self._num_prompts = experiment.seed, stage.num_prompts
 
-    def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        """Advances `state`, which is donated, by the rollout number `step`."""
+    def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics, Batch]:
+        """Advances `state`, which is donated, by the rollout number `step`; returns what the step was given, too."""
         prompts = self._source.batch(self._seed, step, self._num_prompts)
         index = jax.device_put(np.int32(step), replicated(self._mesh))
         rows, _ = self._rollout(state.params, self._key, index, *put_prompts(prompts, self._mesh))
-        return self._train_step(state, grade_on_host(self._task, rows, prompts))
+        rows = grade_on_host(self._task, rows, prompts)
+        state, metrics = self._train_step(state, rows)
+        return state, metrics, Batch(rows, prompts.example_id)
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched, and whose metrics are still to be fetched."""
+
+    step: int
+    metrics: Metrics
+    batch: Batch
+    began: float
 
 
 def _fresh(stage: Reinforce, params: Any, step: jax.Array, key: jax.Array) -> TrainState:
@@ -107,20 +123,24 @@ def state_template(experiment: Experiment, policy: Policy, mesh: Mesh, index: in
 
 
 class Run:
-    """One run in one folder.
+    """One run in one folder, which is locked until `close`.
 
     Args:
       config: a `fdl.Config` of `Experiment`.
       out: the run's folder.
-      resume: go on from the newest checkpoint.
+      resume: go on from the newest checkpoint that verifies.
+      strict: refuse to fall back to an older checkpoint if the newest does not verify.
+      allow_change: resume although fields of the config have changed that need this.
       quiet: no progress bar.
     """
 
-    def __init__(self, config: fdl.Config, out: Path, *, resume: bool = False, quiet: bool = False) -> None:
+    def __init__(
+        self, config: fdl.Config, out: Path, *,
+        resume: bool = False, strict: bool = False, allow_change: bool = False, quiet: bool = False,
+    ) -> None:  # fmt: skip
         self.config, self.out = config, Path(out)
         self.experiment: Experiment = config_lib.build(config)
         self.experiment.check_mesh()
-        prepare_folder(self.out, resume)
         self.mesh = make_mesh(self.experiment.mesh)
         self.policy = transformer(self.experiment.policy)
         self.key = jax.device_put(jax.random.key(self.experiment.seed), replicated(self.mesh))
@@ -130,16 +150,27 @@ class Run:
         self._evaluator = make_evaluator(
             self.experiment, self.policy, self.mesh, self.experiment.evaluation.num_prompts
         )
-        self._checkpoints = Checkpoints(self.out / "checkpoints")
-        self._resumed = self._checkpoints.latest_metadata() if resume else None
-        self._writer = MetricsWriter(
-            self.out,
-            resume_offset=(self._resumed or {"metrics_offset": 0})["metrics_offset"] if resume else None,
-            resume_step=(self._resumed or {"step": 0})["step"] if resume else None,
-        )
-        changed = write_header(self.out, config, self.experiment.seed)
-        if changed:
-            print(f"the config differs from that of the run:\n{changed}")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(open_folder(self.out, resume))
+            identity = config_lib.identity(config)
+            self._checkpoints = stack.enter_context(
+                Checkpoints(self.out / "checkpoints", strict=strict, identity=identity)
+            )
+            self._resumed = self._checkpoints.latest_metadata() if resume else None
+            seed, at = self.experiment.seed, self._resumed
+            write_header(
+                self.out, config, self.experiment, allow_change=allow_change, stage=at["stage"] if at else None
+            )
+            self._writer = stack.enter_context(
+                MetricsWriter(
+                    self.out,
+                    resume_offset=(at["metrics_offset"] if at else 0) if resume else None,
+                    resume_step=(at["step"] if at else 0) if resume else None,
+                )
+            )
+            skips = trailing_skips(read_metrics(self.out / "metrics.jsonl"))
+            self._quarantine = Quarantine(self.out / "quarantine", seed=seed, in_a_row=skips)
+            self._files = stack.pop_all()
 
     def _put(self, value: int) -> jax.Array:
         return jax.device_put(np.int32(value), replicated(self.mesh))
@@ -149,7 +180,11 @@ class Run:
         stages, params, step = self.experiment.stages, None, 0
         first = self._resumed["stage"] if self._resumed else 0
         total = sum(stage.steps for stage in stages if isinstance(stage, Reinforce))
-        with Progress(total, initial=(self._resumed or {"step": 0})["step"], quiet=self._quiet) as self._bar:
+        with (
+            Progress(total, initial=(self._resumed or {"step": 0})["step"], quiet=self._quiet) as self._bar,
+            StopSignals() as self._stop,
+            Watchdog(self.out / "stacks.txt", limit=self.experiment.hang_limit) as self._watchdog,
+        ):
             for index in range(first, len(stages)):
                 stage = stages[index]
                 if isinstance(stage, Supervised):
@@ -160,15 +195,17 @@ class Run:
             return self._finish(params, step)
 
     def close(self) -> None:
-        """Closes the run's files."""
-        self._checkpoints.close()
-        self._writer.close()
+        """Closes the run's files and its graders, and releases its folder."""
+        workers.close_all()
+        self._files.close()
 
     def _supervise(self, index: int, stage: Supervised, params: Any) -> Any:
         task = self.experiment.task
 
         def report(step: int, loss: float) -> None:
             self._bar.note(f"{stage.name} {step}/{stage.steps}: loss {loss:.3f} nats")
+            self._watchdog.beat(stage.name)
+            self._stop.check(0)
 
         def train(start: Any) -> Any:
             return run_supervised(stage, self.policy, task, start, self.mesh, report)
@@ -185,7 +222,7 @@ class Run:
         """The state at the start of the stage, or where the checkpoint left it."""
         template = state_template(self.experiment, self.policy, self.mesh, index)
         if self._resumed is not None and self._resumed["stage"] == index:
-            return self._checkpoints.restore(None, template)[0]
+            return self._checkpoints.restore(self._resumed["step"], template)[0]
         if params is None:
             params = init_params(self.policy, self.experiment.seed, self.mesh)
         start = jax.jit(functools.partial(_fresh, stage), out_shardings=jax.tree.map(lambda x: x.sharding, template))
@@ -194,6 +231,7 @@ class Run:
     def _reinforce(self, index: int, stage: Reinforce, params: Any, step: int) -> TrainState:
         """Runs one stage of reinforcement learning from `step` rollouts on."""
         state = self._start_stage(index, stage, params, step)
+        check_room(self.out, num_bytes(state))
         done = self._resumed["stage_step"] if self._resumed and self._resumed["stage"] == index else 0
         start = int(jax.device_get(state.step)) - done
         stepper = Stepper(self.experiment, stage, self.policy, self.mesh, self._sampling_key)
@@ -204,33 +242,35 @@ class Run:
                     pending = self._write(stage, pending)
                     self._evaluate(stage, state.params, start + n, write=n % self.experiment.evaluation.every == 0)
                 began = time.perf_counter()
-                state, metrics = stepper(state, start + n)
+                self._watchdog.beat()
+                state, metrics, batch = stepper(state, start + n)
                 self._write(stage, pending)
-                pending = (start + n, metrics, began)
+                pending = _Pending(start + n, metrics, batch, began)
                 if n - done < _WARM:
                     pending = self._write(stage, pending)
                     compiled = num_compilations()
                 elif num_compilations() != compiled:
                     more = num_compilations() - compiled
                     raise RuntimeError(f"step {start + n}: {more} compilations after the warm-up")
-                if (n + 1) % self.experiment.checkpoint_every == 0 or n + 1 == stage.steps:
+                if (n + 1) % self.experiment.checkpoint_every == 0 or n + 1 == stage.steps or self._stop.requested:
                     pending = self._write(stage, pending)
                     self._save(index, n + 1, state)
+                    self._stop.check(start + n + 1)
                     compiled = num_compilations()
         return state
 
     def _evaluate(self, stage: Reinforce, params: Any, step: int, *, write: bool) -> None:
         """Evaluates on held-out prompts; without `write` only to have the program compiled."""
+        self._watchdog.beat("evaluation")
         metrics = self._evaluator(params, self._eval_key, step)
         if write:
             self._writer.write(step, {"stage": stage.name, **metrics})
 
-    def _write(self, stage: Reinforce, pending: tuple[int, Metrics, float] | None) -> None:
+    def _write(self, stage: Reinforce, pending: _Pending | None) -> None:
         """Fetches and writes the metrics of a step that was dispatched before; returns None, nothing is pending."""
         if pending is None:
             return
-        step, device_metrics, began = pending
-        metrics = divide(jax.device_get(device_metrics))
+        metrics = divide(jax.device_get(pending.metrics))
         if not self._checked and metrics["sampler/logp_diff_relative"] > self.experiment.sampler_tolerance:
             raise RuntimeError(
                 f"sampler and trainer disagree on log-probabilities by {metrics['sampler/logp_diff_max']:.2e} nats, "
@@ -238,14 +278,18 @@ class Run:
             )
         self._checked = True
         now = time.perf_counter()
-        seconds, self._written = now - max(began, self._written), now
+        seconds, self._written = now - max(pending.began, self._written), now
         tokens = metrics["response_length/mean"] * stage.num_prompts * stage.num_generations
-        self._writer.write(step, {"stage": stage.name, **metrics})
-        self._writer.write_timing(step, {"seconds": seconds, "tokens": tokens, "compilations": num_compilations()})
+        self._writer.write(pending.step, {"stage": stage.name, **metrics})
+        timing = {"seconds": seconds, "tokens": tokens, "compilations": num_compilations()}
+        timing |= {f"reward_rows/{name}": count for name, count in workers.counters().items()}
+        self._writer.write_timing(pending.step, timing)
         reward = metrics.get("critic/score/mean", math.nan)  # every grader may have abstained
-        self._bar.update(step + 1, reward=reward, entropy=metrics["actor/entropy"])
+        self._bar.update(pending.step + 1, reward=reward, entropy=metrics["actor/entropy"])
+        self._quarantine.observe(pending.step, stage.name, metrics, pending.batch)
 
     def _save(self, index: int, stage_step: int, state: TrainState) -> None:
+        self._watchdog.beat("checkpoint")
         step = int(jax.device_get(state.step))
         metadata = {
             "stage": index, "stage_step": stage_step, "step": step, "metrics_offset": self._writer.offset(),
@@ -284,7 +328,7 @@ def evaluate_run(out: Path, config: fdl.Config | None = None) -> dict[str, Any]:
         metadata = checkpoints.latest_metadata()
         if metadata is None:
             raise FileNotFoundError(f"{out} has no checkpoint")
-        state = checkpoints.restore(None, state_template(experiment, policy, mesh, metadata["stage"]))[0]
+        state = checkpoints.restore(metadata["step"], state_template(experiment, policy, mesh, metadata["stage"]))[0]
     evaluator = make_evaluator(experiment, policy, mesh, experiment.evaluation.final_num_prompts)
     found = evaluator(state.params, jax.random.fold_in(key, EVALUATION), metadata["step"], greedy=True)
     line = {"step": metadata["step"], **found}
@@ -292,10 +336,14 @@ def evaluate_run(out: Path, config: fdl.Config | None = None) -> dict[str, Any]:
     return line
 
 
-def train(config: fdl.Config, out: Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(
+    config: fdl.Config, out: Path, *,
+    resume: bool = False, strict: bool = False, allow_change: bool = False, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Runs an experiment config in a folder; returns its final metrics. See `Run`."""
     enable_compilation_cache()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    with contextlib.closing(Run(config, out, resume=resume, quiet=quiet)) as run:
+    options = {"resume": resume, "strict": strict, "allow_change": allow_change, "quiet": quiet}
+    with contextlib.closing(Run(config, out, **options)) as run:
         return run.run()

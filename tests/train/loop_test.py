@@ -1,8 +1,10 @@
 """The loop on the tiny experiment: equal bytes, resume, compilations, folders, warm starts, stages, evaluation."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -14,8 +16,10 @@ from jentropy.policy.transformer import transformer
 from jentropy.train import loop
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.experiment import Supervised
+from jentropy.train.lock import LockedError
 from jentropy.train.metrics import read_metrics
 from jentropy.train.sharding import MeshShape, make_mesh
+from jentropy.train.signals import PreemptedError
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -101,6 +105,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, step, res
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_signal_commits_a_checkpoint_at_the_next_step(finished, tmp_path, monkeypatch):
+    config, out, real = tiny.tiny(), tmp_path / "run", loop.grade_on_host
+
+    def grade_on_host(task, rows, prompts):
+        if grade_on_host.calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        grade_on_host.calls += 1
+        return real(task, rows, prompts)
+
+    grade_on_host.calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "grade_on_host", grade_on_host)
+        with pytest.raises(PreemptedError, match="SIGTERM: stopped after 4 rollouts with a checkpoint"):
+            train(config, out)
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 4
+    assert train(config, out, resume=True) == finished[1]
+    assert metrics_bytes(out) == metrics_bytes(finished[0])
+
+
+def test_a_second_run_in_the_folder_names_the_first(tmp_path):
+    with contextlib.closing(loop.Run(tiny.tiny(), tmp_path / "run", quiet=True)):
+        with pytest.raises(LockedError, match=f"in use by process {os.getpid()}"):
+            train(tiny.tiny(), tmp_path / "run", resume=True)
+
+
+def test_a_change_that_needs_the_flag_is_refused_without_it(finished, tmp_path):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    with pytest.raises(config_lib.ConfigError, match="needs --allow-change"):
+        train(changed("stages.2.num_epochs=1"), out, resume=True)
+    with pytest.raises(config_lib.ConfigError, match="cannot be resumed with these changes"):
+        train(changed("seed=1"), out, resume=True, allow_change=True)
+    train(changed("stages.2.num_epochs=1"), out, resume=True, allow_change=True)
+    assert "num_epochs" in (out / "lineage.jsonl").read_text()
+
+
 def test_a_finished_run_resumes_to_its_final_evaluation(finished, tmp_path):
     out = shutil.copytree(finished[0], tmp_path / "run")
     assert train(tiny.tiny(), out, resume=True) == finished[1]
@@ -110,7 +150,7 @@ def test_a_finished_run_resumes_to_its_final_evaluation(finished, tmp_path):
 def test_resume_says_what_changed(finished, tmp_path, capsys):
     out = shutil.copytree(finished[0], tmp_path / "run")
     train(changed("evaluation.every=3"), out, resume=True)
-    assert "-evaluation.every = 2\n+evaluation.every = 3" in capsys.readouterr().out
+    assert "-evaluation.every = 2\n+evaluation.every = 3" in capsys.readouterr().err
     assert "evaluation.every = 3" in config_lib.read_lines(out / "config.txt")
 
 
