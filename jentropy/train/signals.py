@@ -47,9 +47,10 @@ class StopSignals:
         return None if self._received is None else signal.Signals(self._received).name
 
     def check(self, step: int) -> None:
-        """Raises `PreemptedError` if a stop is requested; call it once the checkpoint of `step` is committed."""
+        """Raises `PreemptedError` if a stop is requested; once the checkpoint of `step`, if not 0, is committed."""
         if self.requested is not None:
-            raise PreemptedError(f"{self.requested}: stopped after {step} rollouts with a checkpoint; resume the run")
+            what = f"after {step} rollouts with a checkpoint" if step else "before the first rollout"
+            raise PreemptedError(f"{self.requested}: stopped {what}; resume the run")
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is not threading.main_thread():
