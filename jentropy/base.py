@@ -155,6 +155,8 @@ class Mechanism(NamedTuple):
       outputs: what it needs scored, besides `LOG_PROB`.
       terms: the differentiable quantities whose coefficient `update` may raise.
       min_updates: updates per rollout below which it has no effect; building an experiment with fewer warns.
+      requires: names in `row_data` and `token_data` that the rows must hold, such as `ref_log_prob` or `answer_id`;
+        checked when an experiment is built.
     """
 
     init: Callable[[], State]
@@ -162,6 +164,7 @@ class Mechanism(NamedTuple):
     outputs: tuple[Output, ...] = ()
     terms: Mapping[str, Term] = {}
     min_updates: int = 1
+    requires: tuple[str, ...] = ()
 
 
 class Estimator(NamedTuple):
@@ -171,11 +174,13 @@ class Estimator(NamedTuple):
       init: `() -> State`.
       estimate: `(rollouts, state) -> (advantage [B, T], token_data to add, metrics, state)`.
       min_group_size: the smallest group it is defined for; checked when the objective is built.
+      requires: as in `Mechanism`.
     """
 
     init: Callable[[], State]
     estimate: Callable[[Rollouts, State], tuple[Array, Mapping[str, Array], Metrics, State]]
     min_group_size: int = 1
+    requires: tuple[str, ...] = ()
 
 
 class Learner(NamedTuple):

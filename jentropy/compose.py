@@ -95,6 +95,7 @@ def chain(**mechanisms: Mechanism) -> Mechanism:
         outputs=outputs,
         terms=_merge_terms(mechanisms),
         min_updates=max((m.min_updates for m in mechanisms.values()), default=1),
+        requires=tuple(dict.fromkeys(name for m in mechanisms.values() for name in m.requires)),
     )
 
 

@@ -7,6 +7,7 @@ entropy is gone. Everything here is a `fdl.Config`, so that config files and the
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import fiddle as fdl
 
@@ -50,19 +51,16 @@ def warm_start(*, strategy_prior: float, seed: int = 0, steps: int = 600) -> fdl
     )
 
 
-def objective(mechanisms: Mapping[str, fdl.Config] | None = None) -> fdl.Config:
+def objective(mechanisms: Mapping[str, fdl.Config] | None = None, **parts: Any) -> fdl.Config:
     """GRPO with a token-mean loss, the ratio clipped at 0.2, and further mechanisms after the clip range.
 
     Args:
       mechanisms: configs of mechanisms by name; one named `clip_range` replaces that of GRPO.
+      **parts: other fields of `Objective`, such as `estimator`, instead of GRPO's.
     """
-    return fdl.Config(
-        Objective,
-        estimator=fdl.Config(grpo, epsilon=1e-4),
-        mechanisms=fdl.Config(chain, **{"clip_range": fdl.Config(clip_range), **copy.deepcopy(dict(mechanisms or {}))}),
-        surrogate=ratio,
-        normaliser=token_mean,
-    )
+    standard = {"estimator": fdl.Config(grpo, epsilon=1e-4), "surrogate": ratio, "normaliser": token_mean}
+    chained = {"clip_range": fdl.Config(clip_range), **copy.deepcopy(dict(mechanisms or {}))}
+    return fdl.Config(Objective, mechanisms=fdl.Config(chain, **chained), **{**standard, **copy.deepcopy(parts)})
 
 
 def reinforce(
@@ -80,6 +78,7 @@ def law(
     warm_start_seed: int = 0,
     steps: int = 100,
     seed: int = 0,
+    **parts: Any,
 ) -> fdl.Config:
     """LAW: both strategies are likely in the warm start, and plain GRPO spends all entropy for reward.
 
@@ -89,6 +88,7 @@ def law(
       warm_start_seed: of the supervised stage, in which each strategy has probability .5.
       steps: rollouts.
       seed: of reinforcement learning.
+      **parts: see `objective`.
     """
     return fdl.Config(
         Experiment,
@@ -97,7 +97,7 @@ def law(
         policy=policy(),
         stages=(
             warm_start(strategy_prior=0.5, seed=warm_start_seed),
-            reinforce("law", steps, easy_mixture(0.2), objective(mechanisms), 2e-4),
+            reinforce("law", steps, easy_mixture(0.2), objective(mechanisms, **parts), 2e-4),
         ),
         evaluation=fdl.Config(Evaluation, mixture=easy_mixture(0.2), every=5),
         seed=seed,
@@ -105,8 +105,9 @@ def law(
 
 
 def shift(
-    name: str, mechanisms: Mapping[str, fdl.Config] | None = None, *, warm_start_seed: int = 1, seed: int = 3
-) -> fdl.Config:
+    name: str, mechanisms: Mapping[str, fdl.Config] | None = None, *, warm_start_seed: int = 1, seed: int = 3,
+    **parts: Any,
+) -> fdl.Config:  # fmt: skip
     """SHIFT: 200 rollouts on two-digit prompts, where a shortcut is enough, then 100 where chains are needed.
 
     Args:
@@ -115,6 +116,7 @@ def shift(
       warm_start_seed: of the supervised stage, in which chains are rare (prior .03).
       seed: of reinforcement learning. The defaults are the pair of the eight in `experiments/results/shift.md` whose
         steps to adapt are nearest to the medians of the methods.
+      **parts: see `objective`.
     """
     return fdl.Config(
         Experiment,
@@ -123,8 +125,8 @@ def shift(
         policy=policy(),
         stages=(
             warm_start(strategy_prior=0.03, seed=warm_start_seed),
-            reinforce("before_shift", SHIFT_STEP, {2: 1.0}, objective(mechanisms), 5e-4),
-            reinforce("after_shift", 100, easy_mixture(0.1), objective(mechanisms), 5e-4),
+            reinforce("before_shift", SHIFT_STEP, {2: 1.0}, objective(mechanisms, **parts), 5e-4),
+            reinforce("after_shift", 100, easy_mixture(0.1), objective(mechanisms, **parts), 5e-4),
         ),
         evaluation=fdl.Config(Evaluation, mixture=easy_mixture(0.1)),
         seed=seed,

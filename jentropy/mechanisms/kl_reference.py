@@ -125,4 +125,5 @@ def kl_reference(*, beta: float = 0.001, estimator: str = "k3", normaliser: Norm
         update=_Update(name, term, normaliser),
         outputs=(Output("reference_kl"),) if estimator == "full" else (),
         terms={name: term},
+        requires=("ref_log_prob",),
     )

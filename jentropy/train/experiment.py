@@ -91,6 +91,8 @@ class Reinforce:
             f"a divisor of the {rows} rows of an update",
         )
         require(self.objective.temperature > 0, "temperature", self.objective.temperature, "positive")
+        if "ref_log_prob" in self.required:
+            require(self.reference, "reference", self.reference, "True: the objective needs the reference policy")
         updates, wanted = self.num_minibatches * self.num_epochs, self.objective.mechanisms.min_updates
         if updates < wanted:
             warnings.warn(
@@ -98,6 +100,11 @@ class Reinforce:
                 f"num_minibatches * num_epochs = {updates}",
                 stacklevel=2,
             )
+
+    @property
+    def required(self) -> frozenset[str]:
+        """What the objective needs the rows to hold."""
+        return frozenset(self.objective.estimator.requires) | frozenset(self.objective.mechanisms.requires)
 
 
 Stage: TypeAlias = Supervised | Reinforce

@@ -277,6 +277,9 @@ class Run:
                 f"more than sampler_tolerance = {self.experiment.sampler_tolerance:.2e} times max(1, their size)"
             )
         self._checked = True
+        for name, value in metrics.items():
+            if name.startswith("error/") and value != 0:
+                raise ValueError(f"step {pending.step}: {name.removeprefix('error/')}: {value:g}")
         now = time.perf_counter()
         seconds, self._written = now - max(pending.began, self._written), now
         tokens = metrics["response_length/mean"] * stage.num_prompts * stage.num_generations
