@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -97,6 +97,34 @@ def chain(**mechanisms: Mechanism) -> Mechanism:
         min_updates=max((m.min_updates for m in mechanisms.values()), default=1),
         requires=tuple(dict.fromkeys(name for m in mechanisms.values() for name in m.requires)),
     )
+
+
+class Part(NamedTuple):
+    """One mechanism inside a chain: the module of its update, such as `clip_cov`, and its initial state."""
+
+    method: str
+    state: State
+
+
+def parts(mechanism: Mechanism) -> tuple[Part, ...]:
+    """The mechanisms that a mechanism is made of, in order, chains and blocks taken apart.
+
+    >>> from jentropy.compose import chain, parts
+    >>> parts(chain(inner=chain()))
+    ()
+    """
+    return tuple(_parts(mechanism.update, mechanism.init()))
+
+
+def _parts(update: Callable[..., Any], state: State) -> Iterator[Part]:
+    if isinstance(update, _ChainUpdate):
+        for name, inner in zip(update.names, update.updates):
+            yield from _parts(inner, state[name])
+    elif isinstance(update, _Blockwise):
+        yield from _parts(update.update, state)
+    else:
+        function = update.function if isinstance(update, _Stateless) else update
+        yield Part(function.__module__.rpartition(".")[2], state)
 
 
 @dataclasses.dataclass(frozen=True)

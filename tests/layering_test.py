@@ -20,7 +20,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     1: ("stats", "head", "features", "vocabulary", "ratios", "outcome", "compose", "normalisers", "evaluation", "tree"),
     2: (
         *("advantages", "mechanisms", "surrogates"),
-        *("learners", "preference", "samplers", "theory", "presets"),
+        *("learners", "preference", "samplers", "theory", "presets", "conflicts"),
     ),
     3: ("policy", "rewards", "data"),
     4: ("rollout",),

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from jentropy import conflicts
 from jentropy.base import Objective, require
 from jentropy.data.task import Task
 from jentropy.policy.transformer import TransformerConfig
@@ -91,6 +92,7 @@ class Reinforce:
             f"a divisor of the {rows} rows of an update",
         )
         require(self.objective.temperature > 0, "temperature", self.objective.temperature, "positive")
+        conflicts.check(self.objective, f"stage {self.name!r}")
         if "ref_log_prob" in self.required:
             require(self.reference, "reference", self.reference, "True: the objective needs the reference policy")
         updates, wanted = self.num_minibatches * self.num_epochs, self.objective.mechanisms.min_updates

@@ -1,0 +1,179 @@
+"""Combinations of methods that are refused or warned about, with the reason, when an experiment is built.
+
+Everything not listed here composes: mechanisms read and write one plan, in the order of their chain. Methods are known
+by the module that defines them, so nothing is registered.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jentropy import normalisers, surrogates
+from jentropy.base import Objective
+from jentropy.compose import Part, parts
+
+
+class Conflict(NamedTuple):
+    """What does not go together, and why; `refused` if it has no meaning, else it is most likely a mistake."""
+
+    reason: str
+    refused: bool = False
+
+
+class _Chain(NamedTuple):
+    """The mechanisms of an objective in order, and its other parts by the names of their modules and functions."""
+
+    parts: tuple[Part, ...]
+    estimator: str
+    surrogate: str
+    objective: Objective
+
+    def count(self, *methods: str) -> int:
+        return sum(part.method in methods for part in self.parts)
+
+    def comes_after(self, one: str, other: str) -> bool:
+        """Whether some mechanism `one` stands behind some `other`."""
+        order = [part.method for part in self.parts]
+        return one in order and other in order and len(order) - order[::-1].index(one) - 1 > order.index(other)
+
+
+_REGULATORS = ("adaptive_entropy", "siren")
+_ADVANTAGE = ("entropy_advantage", "semantic_entropy")
+_SELECTORS = ("clip_cov", "kl_cov", "steer", "ce_gppo")
+_ROW_MEANS = (normalisers.sequence_mean_token_mean, normalisers.sequence_mean_token_sum)
+
+
+def _two_of_a_kind(chain: _Chain) -> Conflict | None:
+    methods = [part.method for part in chain.parts]
+    twice = sorted({m for m in methods if methods.count(m) > 1 and m in (*_REGULATORS, *_SELECTORS, "top_entropy")})
+    return Conflict(f"{twice[0]} stands in the chain twice", refused=True) if twice else None
+
+
+def _two_regulators(chain: _Chain) -> Conflict | None:
+    if chain.count(*_REGULATORS) < 2:
+        return None
+    return Conflict("siren and adaptive_entropy both steer the entropy to a target of their own", refused=True)
+
+
+def _bonus_beside_a_regulator(chain: _Chain) -> Conflict | None:
+    if not (chain.count("entropy_bonus") and chain.count(*_REGULATORS)):
+        return None
+    return Conflict("a fixed entropy_bonus pulls the entropy away from the target of the regulator beside it")
+
+
+def _bounds_after_their_readers(chain: _Chain) -> Conflict | None:
+    late = [m for m in ("clip_cov", "ce_gppo") if chain.comes_after("clip_range", m)]
+    if not late:
+        return None
+    return Conflict(f"clip_range stands behind {late[0]}, which reads its bounds: put clip_range first", refused=True)
+
+
+def _clipping_after_kl_cov(chain: _Chain) -> Conflict | None:
+    if not chain.comes_after("clip_range", "kl_cov"):
+        return None
+    return Conflict("clip_range behind kl_cov clips the ratio again, which KL-Cov as published does not")
+
+
+def _advantage_after_its_readers(chain: _Chain) -> Conflict | None:
+    late = [(a, s) for a in _ADVANTAGE for s in _SELECTORS if chain.comes_after(a, s)]
+    if not late:
+        return None
+    shaping, reader = late[0]
+    return Conflict(f"{shaping} stands behind {reader}, which has already read the advantage: put {shaping} before it")
+
+
+def _no_bounds_to_preserve(chain: _Chain) -> Conflict | None:
+    if not chain.count("ce_gppo") or chain.count("clip_range"):
+        return None
+    return Conflict("ce_gppo without a clip_range before it does nothing: no token is clipped")
+
+
+def _two_covariance_methods(chain: _Chain) -> Conflict | None:
+    if not (chain.count("clip_cov") and chain.count("kl_cov")):
+        return None
+    return Conflict("clip_cov and kl_cov act on the same tokens, those of large covariance")
+
+
+def _unstandardised_band(chain: _Chain) -> Conflict | None:
+    flat = chain.estimator in ("rloo", "reinforce", "remax", "opo", "qae", "raft")
+    flat |= chain.estimator == "grpo" and _scale(chain.objective) == "none"
+    if not (flat and chain.count("clip_cov")):
+        return None
+    return Conflict(
+        "clip_cov's band of covariances is absolute and meant for standardised advantages: with this estimator few "
+        "tokens or none may reach it"
+    )
+
+
+def _scale(objective: Objective) -> str:
+    estimate = objective.estimator.estimate
+    return str(vars(estimate).get("scale_rewards", "")) if hasattr(estimate, "__dict__") else ""
+
+
+def _sequence_ratio(chain: _Chain) -> Conflict | None:
+    if chain.surrogate != "gspo":
+        return None
+    if chain.objective.normaliser is not normalisers.sequence_mean_token_mean:
+        return Conflict("gspo is defined with the normaliser sequence_mean_token_mean")
+    wide = [p for p in chain.parts if p.method == "clip_range" and 0.05 < float(p.state.epsilon_high) < float("inf")]
+    if not wide:
+        return None
+    return Conflict(
+        f"clip_range(epsilon_high={float(wide[0].state.epsilon_high):g}) does not clip the ratio of a whole response: "
+        "GSPO's values are 3e-4 and 4e-4"
+    )
+
+
+def _penalty_on_another_ratio(chain: _Chain) -> Conflict | None:
+    if chain.surrogate in ("ratio", "dual_clip") or not chain.count("kl_cov", "clip_cov", "ce_gppo"):
+        return None
+    return Conflict(f"clip_cov, kl_cov and ce_gppo are defined for the token ratio, not for {chain.surrogate}")
+
+
+_RULES: Sequence[Callable[[_Chain], Conflict | None]] = (
+    _two_of_a_kind,
+    _two_regulators,
+    _bonus_beside_a_regulator,
+    _bounds_after_their_readers,
+    _clipping_after_kl_cov,
+    _advantage_after_its_readers,
+    _no_bounds_to_preserve,
+    _two_covariance_methods,
+    _unstandardised_band,
+    _sequence_ratio,
+    _penalty_on_another_ratio,
+)
+
+
+def _surrogate_name(objective: Objective) -> str:
+    surrogate = objective.surrogate
+    name = getattr(surrogate, "__name__", type(surrogate).__name__)
+    return {"_DualClip": "dual_clip", "_Gspo": "gspo", "_Cispo": "cispo"}.get(name, name)
+
+
+def find(objective: Objective) -> list[Conflict]:
+    """What in an objective does not go together.
+
+    Args:
+      objective: the method.
+    """
+    estimator = objective.estimator.estimate.__module__.rpartition(".")[2]
+    chain = _Chain(parts(objective.mechanisms), estimator, _surrogate_name(objective), objective)
+    found = (rule(chain) for rule in _RULES)
+    return [conflict for conflict in found if conflict is not None]
+
+
+def check(objective: Objective, where: str) -> None:
+    """Raises for a refused combination, warns of the others.
+
+    Args:
+      objective: the method.
+      where: what messages begin with.
+
+    Raises:
+      ValueError: a combination is refused; says why.
+    """
+    for conflict in find(objective):
+        if conflict.refused:
+            raise ValueError(f"{where}: {conflict.reason}")
+        warnings.warn(f"{where}: {conflict.reason}", stacklevel=3)
