@@ -1,0 +1,71 @@
+"""Combinations that are refused or warned about, and that the others are left in peace."""
+
+import warnings
+
+import pytest
+
+from jentropy import conflicts, normalisers, surrogates
+from jentropy.advantages.grpo import grpo
+from jentropy.advantages.rloo import rloo
+from jentropy.base import Objective
+from jentropy.compose import blockwise, chain, parts, quantity, stateless
+from jentropy.mechanisms.clip_cov import clip_cov
+from jentropy.mechanisms.clip_range import clip_range
+from jentropy.mechanisms.entropy_bonus import entropy_bonus
+from jentropy.mechanisms.kl_cov import kl_cov
+
+
+def objective(estimator=None, surrogate=surrogates.ratio, normaliser=normalisers.token_mean, **mechanisms):
+    return Objective(estimator or grpo(), chain(**mechanisms), surrogate, normaliser)
+
+
+def test_parts_are_found_in_chains_and_blocks():
+    inner = chain(a=clip_range(epsilon_low=0.25), b=blockwise(clip_cov(), rows=2))
+    found = parts(chain(x=inner, y=stateless(_identity)))
+    assert [part.method for part in found] == ["clip_range", "clip_cov", "conflicts_test"]
+    assert float(found[0].state.epsilon_low) == 0.25
+
+
+def _identity(plan, signals, key):
+    return plan
+
+
+FINE = {
+    "grpo": objective(clip_range=clip_range()),
+    "clip_cov": objective(clip_range=clip_range(), clip_cov=clip_cov(), entropy_bonus=entropy_bonus()),
+    "kl_cov": objective(clip_range=clip_range(), kl_cov=kl_cov()),
+    "own": objective(mine=stateless(_identity, terms={"entropy": quantity("entropy")})),
+}
+WARNED = {
+    "kl_cov and clip_cov": (objective(a=clip_cov(), b=kl_cov()), "same tokens"),
+    "clip after kl_cov": (objective(a=kl_cov(), b=clip_range()), "clips the ratio again"),
+    "unstandardised": (objective(rloo(), a=clip_range(), b=clip_cov()), "band of covariances is absolute"),
+    "dr_grpo": (objective(grpo(scale_rewards="none"), a=clip_cov()), "band of covariances is absolute"),
+    "no token ratio": (objective(surrogate=surrogates.reinforce, a=kl_cov()), "defined for the token ratio"),
+}
+REFUSED = {
+    "twice": (objective(a=clip_cov(), b=clip_cov()), "clip_cov stands in the chain twice"),
+    "late bounds": (objective(a=clip_cov(), b=clip_range()), "clip_range stands behind clip_cov"),
+    "late bounds in a block": (objective(a=blockwise(clip_cov(), rows=2), b=clip_range()), "stands behind clip_cov"),
+}
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_what_composes_is_left_in_peace(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conflicts.check(FINE[name], "stage 'rl'")
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_what_is_most_likely_a_mistake_is_warned_about(name):
+    combination, message = WARNED[name]
+    with pytest.warns(UserWarning, match=f"stage 'rl': .*{message}"):
+        conflicts.check(combination, "stage 'rl'")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_meaning_is_refused(name):
+    combination, message = REFUSED[name]
+    with pytest.raises(ValueError, match=f"stage 'rl': .*{message}"):
+        conflicts.check(combination, "stage 'rl'")
