@@ -74,6 +74,53 @@ def is_constant(x: Array, mask: Array) -> Array:
     return jnp.max(x, where=mask, initial=-jnp.inf) <= jnp.min(x, where=mask, initial=jnp.inf)
 
 
+def whiten(x: Array, mask: Array) -> Array:
+    """(x - mean) / sqrt(var + 1e-8) on the mask, 0 elsewhere; var with ddof 1. Same shape as `x`.
+
+    Equal entries give exactly 0, and so do fewer than two.
+    """
+    scaled = _centred(x, mask) * jax.lax.rsqrt(masked_variance(x, mask, ddof=1) + 1e-8)
+    return jnp.where(is_constant(x, mask), 0, scaled)
+
+
+def whiten_rows(x: Array, mask: Array) -> Array:
+    """`whiten` in which every row weighs the same, and so do the entries of one row; `x`, `mask`: `[B, T]`.
+
+    With m_i the mean over the entries of row i: mean = Σ m_i(x) / n and var = Σ m_i((x - mean)²) / (n - 1) over the n
+    rows that have entries. Equal entries give exactly 0, and so does a single row.
+    """
+    chex.assert_rank([x, mask], 2)
+    used = jnp.any(mask, axis=1)
+    deviation = jnp.where(mask, x - masked_mean(masked_mean(x, mask, axis=1), used), 0)
+    total = masked_sum(masked_mean(jnp.square(deviation), mask, axis=1), used)
+    variance = total / jnp.maximum(_count(used) - 1, 1).astype(x.dtype)
+    none = is_constant(x, mask) | (_count(used) < 2)
+    return jnp.where(none, 0, deviation * jax.lax.rsqrt(variance + 1e-8))
+
+
+def reward_to_go(reward: Array, mask: Array, gamma: Array) -> Array:
+    """R_t = r_t + γ R_s, with s the next column of the mask in the row; `[B, T]`, 0 outside the mask.
+
+    Columns outside the mask are skipped: their reward does not count and they discount nothing, so a hole in a response
+    does not cut it.
+
+    Args:
+      reward: `[B, T]` float.
+      mask: `[B, T]` bool.
+      gamma: γ, float scalar.
+    """
+    chex.assert_rank([reward, mask, gamma], [2, 2, 0])
+    _check(mask, reward)
+
+    def step(later: Array, column: tuple[Array, Array]) -> tuple[Array, Array]:
+        r, used = column
+        now = jnp.where(used, r + gamma.astype(r.dtype) * later, later)
+        return now, jnp.where(used, now, 0)
+
+    _, returns = jax.lax.scan(step, jnp.zeros_like(reward[:, 0]), (reward.T, mask.T), reverse=True)
+    return returns.T
+
+
 # Order statistics.
 
 
@@ -222,13 +269,20 @@ def fraction_parts(fraction: float) -> FractionParts:
     return FractionParts(jnp.asarray(parts.numerator, jnp.int32), jnp.asarray(parts.denominator, jnp.int32))
 
 
-def fraction_of(count: Array, parts: FractionParts) -> Array:
-    """⌊fraction · count⌋ in int32 arithmetic, exact for the fraction that `parts` holds; count: int32, >= 0.
+def fraction_divmod(count: Array, parts: FractionParts) -> tuple[Array, Array]:
+    """⌊fraction · count⌋ and the remainder over the denominator, in int32 arithmetic, exact; count: int32, >= 0.
 
-    Float arithmetic is off by one at times: int(0.29 * 100) is 28.
+    fraction · count = floor + remainder / denominator, 0 <= remainder < denominator, for the fraction that `parts`
+    holds. Float arithmetic is off by one at times: int(0.29 * 100) is 28.
     """
     numerator, denominator = parts
-    return (count // denominator) * numerator + ((count % denominator) * numerator) // denominator
+    rest = (count % denominator) * numerator
+    return (count // denominator) * numerator + rest // denominator, rest % denominator
+
+
+def fraction_of(count: Array, parts: FractionParts) -> Array:
+    """⌊fraction · count⌋, exactly; see `fraction_divmod`."""
+    return fraction_divmod(count, parts)[0]
 
 
 # Statistics of groups, for each row, valid or not, those of its own group. Ids lie in [0, B), rows in any order.
@@ -274,3 +328,25 @@ def group_is_constant(x: Array, group: Array, valid: Array) -> Array:
     high = jax.ops.segment_max(jnp.where(valid, x, -jnp.inf), group, num_segments=group.size)
     low = jax.ops.segment_min(jnp.where(valid, x, jnp.inf), group, num_segments=group.size)
     return (high <= low)[group]
+
+
+def group_order_statistic(x: Array, group: Array, valid: Array, rank: Array) -> Array:
+    """The value at `rank` among the valid rows of each row's group in ascending order, exactly, `[B]`.
+
+    By counting, for every row, the rows of its group below it and up to it: `[B, B]` comparisons. 0 for a group without
+    a valid row.
+
+    Args:
+      x: `[B]` float.
+      group: `[B]` int32.
+      valid: `[B]` bool.
+      rank: `[B]` int32, equal in all rows of a group, 0 for the smallest; clipped to [0, n - 1] with n valid rows.
+    """
+    _check_group(group, valid, x)
+    count = group_count(group, valid)
+    rank = jnp.clip(rank, 0, jnp.maximum(count - 1, 0))
+    peer = valid[None, :] & (group[None, :] == group[:, None])
+    below, up_to = (_count(peer & found, 1) for found in (x[None, :] < x[:, None], x[None, :] <= x[:, None]))
+    holds = valid & (below <= rank) & (rank < up_to)
+    value = jax.ops.segment_max(jnp.where(holds, x, -jnp.inf), group, num_segments=group.size)[group]
+    return jnp.where(count > 0, value, 0)

@@ -30,11 +30,13 @@ top_k_mask = jax.jit(stats.top_k_mask)
 random_mask = jax.jit(stats.random_mask)
 row_uniform = jax.jit(stats.row_uniform, static_argnums=2)
 fraction_of = jax.jit(stats.fraction_of)
+fraction_divmod = jax.jit(stats.fraction_divmod)
 group_count = jax.jit(stats.group_count)
 group_sum = jax.jit(stats.group_sum)
 group_mean = jax.jit(stats.group_mean)
 group_std = jax.jit(stats.group_std, static_argnames="ddof")
 group_is_constant = jax.jit(stats.group_is_constant)
+group_order_statistic = jax.jit(stats.group_order_statistic)
 
 property_test = functools.partial(settings, derandomize=True, deadline=None)
 
@@ -286,9 +288,16 @@ class FractionTest(parameterized.TestCase):
         multiples = 10_000 * np.arange(401)
         counts = np.concatenate([small, large, multiples, multiples + 9_999, [4_000_000, 2**31 - 1]])
         expected = [(int(n) * exact).__floor__() for n in counts]
-        actual = fraction_of(jnp.asarray(counts, jnp.int32), stats.fraction_parts(fraction))
+        parts = stats.fraction_parts(fraction)
+        actual = fraction_of(jnp.asarray(counts, jnp.int32), parts)
         np.testing.assert_array_equal(actual, expected)
         self.assertEqual(actual.dtype, jnp.int32)
+        floor, rest = fraction_divmod(jnp.asarray(counts, jnp.int32), parts)
+        np.testing.assert_array_equal(floor, expected)
+        held = Fraction(int(parts.numerator), int(parts.denominator))
+        remainders = [(int(n) * held % 1) * held.denominator for n in counts]
+        np.testing.assert_array_equal(rest, np.asarray(remainders, np.int64))
+        self.assertEqual(rest.dtype, jnp.int32)
 
     @property_test(max_examples=30)
     @given(st.floats(0, 1))
@@ -345,6 +354,29 @@ class GroupTest(parameterized.TestCase):
         x = jnp.full(12, 0.1).at[8].set(0.10000001)
         np.testing.assert_array_equal(group_is_constant(x, group, jnp.ones(12, bool)), [True] * 7 + [False] * 5)
         np.testing.assert_array_equal(group_is_constant(x, group, jnp.arange(12) != 8), [True] * 12)
+
+    @parameterized.parameters("float32", "float64")
+    def test_order_statistics_against_sorting(self, dtype):
+        with jax.enable_x64(dtype == "float64"):
+            rng = np.random.default_rng(6)
+            for values in ([0.0, 1.0], [0.1, 0.3, -np.inf, np.inf, -2.5], rng.normal(size=12)):
+                x = np.where(self.valid, rng.choice(values, 12), np.nan).astype(dtype)
+                rank = rng.integers(-1, 6, 12)[self.group].astype(np.int32)
+                inside = [np.sort(x[(self.group == g) & self.valid]) for g in self.group]
+                expected = [v[np.clip(r, 0, v.size - 1)] if v.size else 0.0 for v, r in zip(inside, rank)]
+                actual = group_order_statistic(jnp.asarray(x), self.group, self.valid, jnp.asarray(rank))
+                np.testing.assert_array_equal(actual, np.asarray(expected, dtype))
+                self.assertEqual(actual.dtype, x.dtype)
+                order = rng.permutation(12)
+                permuted = group_order_statistic(x[order], self.group[order], self.valid[order], rank[order])
+                np.testing.assert_array_equal(permuted, np.asarray(actual)[order])
+
+    def test_order_statistics_of_one_group_are_those_of_the_whole(self):
+        x = np.array([3.0, -0.0, 0.0, 7.0, -1.0, 3.0], np.float32)
+        group, valid = np.full(6, 4, np.int32), np.array([1, 1, 1, 1, 0, 1], bool)
+        for rank in range(6):
+            actual = group_order_statistic(x, group, valid, np.full(6, rank, np.int32))
+            np.testing.assert_array_equal(actual, np.full(6, order_statistic(x, valid, np.int32(rank))))
 
 
 if __name__ == "__main__":
