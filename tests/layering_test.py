@@ -17,7 +17,10 @@ ROOT = pathlib.Path(jentropy.__file__).parent
 
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("base",),
-    1: ("stats", "head", "features", "vocabulary", "ratios", "outcome", "compose", "normalisers", "evaluation", "tree"),
+    1: (
+        *("stats", "head", "features", "vocabulary", "ratios", "outcome", "compose", "normalisers", "evaluation"),
+        *("tree", "temperature_control"),
+    ),
     2: (
         *("advantages", "mechanisms", "surrogates"),
         *("learners", "preference", "samplers", "theory", "presets", "conflicts"),
