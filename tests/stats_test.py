@@ -118,6 +118,49 @@ class MomentsTest(parameterized.TestCase):
         self.assertEqual(is_constant(x, jnp.arange(4) < 3), expected)
         self.assertTrue(is_constant(jnp.full(4, jnp.inf), jnp.arange(4) < 3))
 
+    def test_whitening_by_hand(self):
+        mask = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [0, 0, 1]], bool)
+        x = np.where(mask, [[1.0], [4.0], [0.0], [0.0]], np.nan).astype(np.float32)
+        token = (np.array([1.0, 4.0, 0.0]) - 1.4) / np.sqrt((3 * 0.4**2 + 2.6**2 + 1.4**2) / 4)
+        row = (np.array([1.0, 4.0, 0.0]) - 5 / 3) / np.std([1.0, 4.0, 0.0], ddof=1)
+        for whiten, rows in ((stats.whiten, token), (stats.whiten_rows, row)):
+            wanted = np.where(mask, np.array([rows[0], rows[1], 0.0, rows[2]])[:, None], 0.0)
+            np.testing.assert_allclose(jax.jit(whiten)(x, mask), wanted, rtol=1e-6)
+
+    def test_whitening_of_values_that_differ_within_rows(self):
+        x = np.array([[1.0, 2.0], [6.0, 0.0]], np.float32)
+        mask = np.array([[True, True], [True, False]])
+        mean = (1.5 + 6.0) / 2
+        std = np.sqrt(((1 - mean) ** 2 + (2 - mean) ** 2) / 2 + (6 - mean) ** 2)
+        np.testing.assert_allclose(stats.whiten_rows(x, mask), np.where(mask, (x - mean) / std, 0.0), rtol=1e-6)
+
+    @parameterized.parameters(stats.whiten, stats.whiten_rows)
+    def test_whitening_of_nothing_to_compare(self, whiten):
+        whiten, mask = jax.jit(whiten), np.arange(B * T).reshape(B, T) % 3 > 0
+        self.assertFalse(np.any(whiten(np.full((B, T), 1e6 + 0.1, np.float32), mask)))  # rounding would be whitened
+        for few in (np.zeros((B, T), bool), mask & (np.arange(B * T).reshape(B, T) == 4)):
+            self.assertFalse(np.any(whiten(np.full((B, T), 3.0, np.float32), few)))
+
+    def test_one_row_is_not_whitened_by_rows(self):
+        x = np.arange(B * T, dtype=np.float32).reshape(B, T)
+        mask = np.broadcast_to(np.arange(B)[:, None] == 1, (B, T))
+        self.assertFalse(np.any(stats.whiten_rows(x, mask)))
+        self.assertTrue(np.any(stats.whiten(x, mask)))
+
+    @parameterized.parameters(0.0, 0.5, 1.0)
+    def test_reward_to_go(self, gamma):
+        rng = np.random.default_rng(0)
+        mask = rng.random((B, T)) < 0.6
+        mask[0] = False
+        reward = np.where(mask, rng.normal(size=(B, T)), np.nan).astype(np.float32)
+        wanted = np.zeros((B, T))
+        for b in range(B):
+            later = 0.0
+            for t in reversed(np.flatnonzero(mask[b])):
+                wanted[b, t] = later = reward[b, t] + gamma * later
+        found = jax.jit(stats.reward_to_go)(reward, mask, jnp.float32(gamma))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
     def test_rejects_masks_of_other_shape_or_type(self):
         with pytest.raises(AssertionError):
             stats.masked_mean(jnp.ones((2, 3)), jnp.ones((2, 1), bool))
