@@ -86,6 +86,11 @@ METHODS: dict[str, Case] = {
     "ratio": Case(surrogates.ratio),
     "dual_clip": Case(surrogates.dual_clip, {"clip_ratio_c": 1.5}, {"clip_ratio_c": 1e9}),
     "surrogates.reinforce": Case(surrogates.reinforce),
+    "gspo": Case(surrogates.gspo, {"form": "sequence"}),
+    "gspo/token": Case(surrogates.gspo, {"form": "token"}),
+    "sequence_ratio": Case(surrogates.sequence_ratio),
+    "cispo": Case(surrogates.cispo, {"cap": None}),
+    "cispo/cap": Case(surrogates.cispo, {"cap": 1.5}),
     # Normalisers.
     "token_mean": Case(normalisers.token_mean),
     "sequence_mean_token_mean": Case(normalisers.sequence_mean_token_mean),
