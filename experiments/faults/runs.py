@@ -12,12 +12,13 @@ kills: the resumed run is killed too, twice. F8: SIGTERM while programs are comp
 programs), while a rollout is sampled, an update computed or a checkpoint written; a trial fails if the exit code is
 not 75, if it comes more than 30 seconds after the signal, if no checkpoint is there or the resumed run is not equal.
 F9: two processes start on one folder at once; a trial fails unless one exits with 73 and names the other, which goes
-on. All starts are on the same folder, so each finds the lock of a process that was killed. F6: files may not grow any
-more in the middle of the run; F7: its checkpoints vanish; a trial fails unless the exit code says so (74) and, for
-F6, the resumed run is equal. F11: stopped and resumed with other numbers of devices; fails if a metric of the next
-ten rollouts differs by more than 1e-3 of its size (the rollouts themselves must be the same). F14: a NaN or an
-infinity in gradient or loss of one update; fails unless one update is lost, its batch stored and all lines before it
-equal. F27: a grader that never returns; fails unless the exit code is 77 and the stacks name it.
+on. All starts are on the same folder, so each finds the lock of a process that was killed. Two runs in two folders
+that make one warm start at once must both equal the reference. F6: files may not grow any more in the middle of the
+run; F7: its checkpoints vanish; a trial fails unless the exit code says so (74) and, for F6, the resumed run is
+equal. F11: stopped and resumed with other numbers of devices; fails if a metric of the next ten rollouts differs by
+more than 1e-3 of its size (the rollouts themselves must be the same). F14: a NaN or an infinity in gradient or loss
+of one update; fails unless one update is lost, its batch stored and all lines before it equal. F27: a grader that
+never returns; fails unless the exit code is 77 and the stacks name it.
 """
 
 import argparse
@@ -183,6 +184,19 @@ def doubled(runs: Runs, out: Path, rng: random.Random) -> None:
             process.stderr.close()
 
 
+def shared(runs: Runs, out: Path, rng: random.Random) -> None:
+    """Two runs that need the same warm start at once."""
+    env = {"JENTROPY_CACHE": f"{out}-cache", "JAX_COMPILATION_CACHE_DIR": str(runs.base / "cache" / "xla")}
+    folders = [out.with_name(f"{out.name}-{name}") for name in "ab"]
+    first = runs.start(folders[0], **env)
+    time.sleep(rng.uniform(0.0, 0.1))
+    for process, folder in zip([first, runs.start(folders[1], **env)], folders):
+        err = process.communicate()[1]
+        if process.returncode != 0:
+            raise TrialError(f"exit code {process.returncode}: {err[-600:]}")
+        runs.must_equal_reference(folder)
+
+
 def starved(runs: Runs, out: Path, rng: random.Random) -> None:
     """F6."""
     err = runs.run(out, fault="full", step=rng.randrange(3, 36), delay=float(rng.randrange(0, 20_000)), expect=74)
@@ -276,6 +290,7 @@ def rows(runs: Runs, scale: float, seed: int) -> Iterator[tuple[str, str, list[f
         title = f"F8 SIGTERM during {fault}, resume equal"
         yield row(title, f"term-{fault}", terminated, 5, "s to exit code 75", fault=fault)
     yield "F9 two starts, exactly one survives", "", doubles(runs, max(1, round(50 * scale)), seed)
+    yield row("two runs make one warm start at once, both equal", "shared", shared, 10)
     yield row("F6 no room for files, resume equal", "full", starved, 20)
     yield row("F7 checkpoints vanish", "vanish", robbed, 10)
     for devices in ((8, 1), (1, 8)):

@@ -184,8 +184,7 @@ class Checkpoints:
             if not (self.directory / str(step) / manifest_lib.NAME).is_file():
                 raise ValueError("Orbax has committed it without a manifest")
         except (OSError, ValueError) as error:
-            full = isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in str(error)
-            kind = CheckpointWriteError if full else CheckpointError
+            kind = CheckpointWriteError if isinstance(error, OSError) or _is_of_the_disk(error) else CheckpointError
             raise kind(f"cannot save step {step} to {self.directory}: {error}") from error
         finally:
             self._saving = None
@@ -288,6 +287,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and frees what the manager holds."""
         self._manager.close()
+
+
+def _is_of_the_disk(error: ValueError) -> bool:
+    """Whether an error of TensorStore, which has a type of its own for none, comes from the operating system."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "os_error_code=" in str(error)
 
 
 def _storable(tree: Any) -> Any:

@@ -4,7 +4,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,17 +90,34 @@ def _is_cached(checkpoints: Checkpoints) -> bool:
         return False
 
 
+def _publish(folder: Path, params: Any, stage: str) -> None:
+    """Saves a warm start as `folder`; written elsewhere and renamed, because other processes may do the same."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as draft:
+        new = Path(draft) / "new"
+        with Checkpoints(new, max_to_keep=1) as checkpoints:
+            checkpoints.save(0, params, {"stage": stage})
+        try:
+            os.rename(new, folder)
+        except OSError:  # not empty: another process was faster, or what is there is damaged
+            with Checkpoints(folder, max_to_keep=1) as there:
+                if _is_cached(there):
+                    return
+            os.rename(folder, Path(draft) / "damaged")
+            os.rename(new, folder)
+
+
 def cached_warm_start(
     config: fdl.Config, policy: Policy, mesh: Mesh, train: Callable[[], Any], cache: Path | None = None
 ) -> tuple[Any, bool]:
     """Parameters after the first stage: from the cache if the same warm start was made before, else from `train`.
 
+    Several processes may make the same one at a time; each of them trains, and one of the equal results is kept.
+
     Returns:
       The parameters, and whether they came from the cache.
     """
     folder = (cache or cache_folder()) / "warm_starts" / warm_start_name(config, mesh)
-    checkpoints = Checkpoints(folder, max_to_keep=1)
-    try:
+    with Checkpoints(folder, max_to_keep=1) as checkpoints:
         if _is_cached(checkpoints):
             shapes = jax.eval_shape(policy.init, jax.random.key(0))
             template = jax.tree.map(
@@ -109,9 +127,7 @@ def cached_warm_start(
             )
             return checkpoints.restore(None, template)[0], True
         params = train()
-        metadata: Mapping[str, Any] = {"stage": config.stages[0].name}
-        if not _is_cached(checkpoints):  # another run may have been faster
-            checkpoints.save(0, params, metadata)
-        return params, False
-    finally:
-        checkpoints.close()
+        found = _is_cached(checkpoints)  # another run may have been faster
+    if not found:
+        _publish(folder, params, config.stages[0].name)
+    return params, False
