@@ -27,6 +27,7 @@ is_constant = jax.jit(stats.is_constant)
 order_statistic = jax.jit(stats.order_statistic)
 quantile = jax.jit(stats.quantile)
 top_k_mask = jax.jit(stats.top_k_mask)
+row_top_k_mask = jax.jit(stats.row_top_k_mask)
 random_mask = jax.jit(stats.random_mask)
 row_uniform = jax.jit(stats.row_uniform, static_argnums=2)
 fraction_of = jax.jit(stats.fraction_of)
@@ -271,9 +272,37 @@ class TopKTest(parameterized.TestCase):
         )
         np.testing.assert_array_equal(selected, np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool))
 
-    def test_program_has_no_sort_and_no_gather(self):
-        arguments = (jnp.ones((B, T)), jnp.ones((B, T), bool), jnp.int32(3), jnp.arange(B, dtype=jnp.int32))
-        text = jax.jit(stats.top_k_mask).lower(*arguments).as_text()
+    @property_test(max_examples=40)
+    @given(batches(), st.integers(-2, T + 2))
+    def test_per_row_is_the_selection_of_each_row(self, batch, k):
+        x, mask, row_id = batch
+        k = np.array([k, 0, 1, 2, T, T + 5], np.int32)
+        expected = [top_k_loop(x[b : b + 1], mask[b : b + 1], k[b], row_id[b : b + 1])[0] for b in range(B)]
+        np.testing.assert_array_equal(row_top_k_mask(x, mask, k), expected)
+        pad = ((0, 1), (0, 3))
+        padded = row_top_k_mask(np.pad(x, pad, constant_values=np.inf), np.pad(mask, pad), np.append(k, np.int32(4)))
+        np.testing.assert_array_equal(padded, np.pad(expected, pad))
+
+    @parameterized.parameters(128, 161)
+    def test_rows_longer_than_a_block(self, columns):
+        # Counts of one block are int8: 128 entries of one row would be -128.
+        x = (jnp.arange(2 * columns, dtype=jnp.float32) * 7919 % 601).reshape(2, columns)
+        mask = jnp.ones_like(x, bool)
+        row_id, k = jnp.asarray([1, 0], jnp.int32), jnp.int32(columns + 3)
+        expected = top_k_loop(np.asarray(x), np.asarray(mask), int(k), np.asarray(row_id))
+        np.testing.assert_array_equal(top_k_mask(x, mask, k, row_id), expected)
+        per_row = row_top_k_mask(x, mask, jnp.asarray([columns - 1, 128], jnp.int32))
+        np.testing.assert_array_equal(jnp.sum(per_row, axis=1), [columns - 1, min(columns, 128)])
+        for rank in (0, 127, 2 * columns - 1):
+            self.assertEqual(order_statistic(x, mask, jnp.int32(rank)), np.sort(np.ravel(x))[rank])
+        self.assertEqual(masked_mean(x, mask), np.mean(np.asarray(x)))
+        self.assertEqual(masked_mean(jnp.ones(()), jnp.ones((), bool)), 1.0)
+
+    @parameterized.parameters(stats.top_k_mask, stats.row_top_k_mask)
+    def test_program_has_no_sort_and_no_gather(self, function):
+        rows = jnp.arange(B, dtype=jnp.int32)
+        k = (rows,) if function is stats.row_top_k_mask else (jnp.int32(3), rows)
+        text = jax.jit(function).lower(jnp.ones((B, T)), jnp.ones((B, T), bool), *k).as_text()
         for operation in ("stablehlo.sort", "gather", "chlo.top_k", "scatter"):
             self.assertNotIn(operation, text)
 
