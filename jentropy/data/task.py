@@ -11,7 +11,9 @@ from jentropy import base
 from jentropy.data import chain_sum, jsonl, jsonl_arrays
 from jentropy.data.source import DemonstrationSource, MixtureSource
 from jentropy.data.tokenizer import Tokenizer, char_tokenizer, file_tokenizer
+from jentropy.rewards import answers
 from jentropy.rewards import chain_sum as chain_sum_rewards
+from jentropy.rewards.answers import AnswerId
 from jentropy.rewards.base import DeviceReward, Reward, TextReward
 from jentropy.rewards.functions import text_reward
 
@@ -31,6 +33,8 @@ class Task:
       split_arrays: `(config, split, data_dir) -> {feature: [N, ...]}`, configs "prompts" and "demonstrations".
       data_dir: folder of the datasets; None for `storage.default_data_dir()`.
       sources: (file name, sha256) of the files that the data were made of, if there are any.
+      answer_id: on the device, which responses give the same answer: see `rewards.answers.AnswerId`.
+      final_answer: the same on the host, if there is no `answer_id`: the answer of a completion, empty for none.
     """
 
     name: str
@@ -43,6 +47,13 @@ class Task:
     split_arrays: Callable[[str, str, str | None], dict[str, np.ndarray]]
     data_dir: str | None = None
     sources: tuple[tuple[str, str], ...] = ()
+    answer_id: AnswerId | None = None
+    final_answer: Callable[[str], str] | None = None
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether rows of this task can hold `answer_id`."""
+        return self.answer_id is not None or self.final_answer is not None
 
     def prompts(self, split_prefix: str, weights: Mapping) -> MixtureSource:
         """Prompts of the "train" or "heldout" splits.
@@ -116,6 +127,7 @@ def chain_sum_task(*, data_dir: str | os.PathLike | None = None, reward: str = "
         difficulties=chain_sum.NUM_DIGITS,
         split_arrays=chain_sum.split_arrays,
         data_dir=None if data_dir is None else os.fspath(data_dir),
+        answer_id=answers.chain_sum_id,
     )
 
 
@@ -172,4 +184,5 @@ def jsonl_task(
         ),
         data_dir=data_dir,
         sources=data.sources,
+        final_answer=answers.final_answer,
     )

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jentropy import base, features
-from jentropy.base import Array
+from jentropy.base import Array, State
+from jentropy.samplers import Sampler, plain
 
 
 class Samples(NamedTuple):
@@ -16,10 +17,13 @@ class Samples(NamedTuple):
     Attributes:
       tokens: `[B, T]` int32, T = prompt columns + N; prompt and response contiguous, then `pad_id`.
       log_prob: `[B, T]` float32, of each response token under softmax(logits / temperature), nats; 0 elsewhere.
-      entropy: `[B, T]` float32, of the distribution each response token was drawn from, nats; 0 elsewhere.
+        Truncation by the sampler does not enter.
+      entropy: `[B, T]` float32, of the same distribution, nats; 0 elsewhere.
       response_mask: `[B, T]` bool, response tokens, the end-of-sequence token included.
       num_tokens: `[B]` int32, response tokens per row, between 1 and N.
       truncated: `[B]` bool, whether the row had N tokens without an end-of-sequence token.
+      temperature: `[B, T]` float32, that of each response token, the given one elsewhere; None if the sampler has no
+        temperature rule.
     """
 
     tokens: Array
@@ -28,6 +32,7 @@ class Samples(NamedTuple):
     response_mask: Array
     num_tokens: Array
     truncated: Array
+    temperature: Array | None = None
 
 
 class _Draw(NamedTuple):
@@ -36,6 +41,7 @@ class _Draw(NamedTuple):
     token: Array
     log_prob: Array
     entropy: Array
+    temperature: Array | None
 
 
 class _Loop(NamedTuple):
@@ -58,16 +64,31 @@ def _repeat(x: Array, num: int, axis: int) -> Array:
     return jnp.repeat(x, num, axis=axis, total_repeat_length=x.shape[axis] * num)
 
 
-def _layout(prompts: Array, length: Array, drawn: _Draw, num_tokens: Array, pad_id: int) -> tuple[Array, ...]:
-    """Joins prompts `[B, P]` and drawn `[N, B]`: tokens, log_prob, entropy and response mask, all `[B, P + N]`."""
+def _layout(prompts: Array, length: Array, drawn: _Draw, num_tokens: Array, pad_id: int) -> tuple[_Draw, Array]:
+    """Joins prompts `[B, P]` and drawn `[N, B]`: what was drawn, and the response mask, all `[B, P + N]`."""
     num_new = drawn.token.shape[0]
     prompts = jnp.pad(prompts, ((0, 0), (0, num_new)))
     column = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None, :]
     index = column - length[:, None]
     in_response = (index >= 0) & (index < num_tokens[:, None])
-    token, log_prob, entropy = (jnp.take_along_axis(x.T, jnp.clip(index, 0, num_new - 1), axis=1) for x in drawn)
-    tokens = jnp.where(in_response, token, jnp.where(index < 0, prompts, pad_id))
-    return tokens, jnp.where(in_response, log_prob, 0.0), jnp.where(in_response, entropy, 0.0), in_response
+    found = jax.tree.map(lambda x: jnp.take_along_axis(x.T, jnp.clip(index, 0, num_new - 1), axis=1), drawn)
+    token = jnp.where(in_response, found.token, jnp.where(index < 0, prompts, pad_id))
+    log_prob, entropy = (jnp.where(in_response, x, 0.0) for x in (found.log_prob, found.entropy))
+    return found._replace(token=token, log_prob=log_prob, entropy=entropy), in_response
+
+
+def _choose(logits: Array, noise: Array | None, temperature: Array, sampler: Sampler, state: State) -> _Draw:
+    """One token per row from logits `[B, V]`, -inf where barred; without Gumbel noise `[B, V]` the most probable."""
+    own = None if sampler.temperature is None else sampler.temperature(logits, state, temperature)
+    tau, score = temperature if own is None else own, logits
+    if noise is not None:
+        scaled = logits / (tau if own is None else own[:, None])
+        score = scaled + noise
+        if sampler.keep is not None:
+            score = jnp.where(sampler.keep(scaled, state), score, -jnp.inf)
+    token = jnp.argmax(score, axis=-1).astype(jnp.int32)
+    log_prob = features.log_prob(logits, token, temperature=tau)
+    return _Draw(token, log_prob, features.entropy(logits, temperature=tau), own)
 
 
 def sample(
@@ -85,6 +106,8 @@ def sample(
     temperature: Array | float,
     vocab_mask: Array | None = None,
     greedy: bool = False,
+    sampler: Sampler | None = None,
+    sampler_state: State = (),
 ) -> Samples:
     """Draws `num_generations` responses to every prompt; pure and without jit: the caller compiles it.
 
@@ -103,9 +126,11 @@ def sample(
       max_new_tokens: response tokens a row may have, N.
       eos_id: the token that ends a response; may come first.
       pad_id: fills the columns after a response; a valid token.
-      temperature: positive float32 scalar, traced.
+      temperature: positive float32 scalar, traced; a sampler with a temperature rule may overrule it.
       vocab_mask: optional `[V]` bool, tokens that may be drawn.
-      greedy: takes the most probable token instead; log-probabilities are still at `temperature`.
+      greedy: takes the most probable token instead; log-probabilities are still at the token's temperature.
+      sampler: how tokens are drawn; None for `samplers.plain()`.
+      sampler_state: the sampler's state, traced.
 
     Returns:
       The `Samples`.
@@ -116,17 +141,15 @@ def sample(
     for name, token in (("eos_id", eos_id), ("pad_id", pad_id)):
         base.require(0 <= token < policy.vocab_size, name, token, f"in [0, {policy.vocab_size})")
     chex.assert_shape(row_id, (prompts.shape[0] * num_generations,))
-    temperature = jnp.asarray(temperature, jnp.float32)
+    temperature, sampler = jnp.asarray(temperature, jnp.float32), sampler or plain()
     unembed = policy.unembed(params)
     row_key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_id)
 
     def draw(hidden: Array, step: Array) -> _Draw:
         logits = jnp.einsum("bd,vd->bv", hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        score = logits if greedy else logits / temperature + _gumbel(row_key, step, policy.vocab_size)
-        score = score if vocab_mask is None else jnp.where(vocab_mask[None, :], score, -jnp.inf)
-        token = jnp.argmax(score, axis=-1).astype(jnp.int32)
-        log_prob = features.log_prob(logits, token, temperature=temperature, vocab_mask=vocab_mask)
-        return _Draw(token, log_prob, features.entropy(logits, temperature=temperature, vocab_mask=vocab_mask))
+        logits = logits if vocab_mask is None else jnp.where(vocab_mask[None, :], logits, -jnp.inf)
+        noise = None if greedy else _gumbel(row_key, step, policy.vocab_size)
+        return _choose(logits, noise, temperature, sampler, sampler_state)
 
     def advance(state: _Loop) -> _Loop:
         token = jax.lax.dynamic_index_in_dim(state.drawn.token, state.step - 1, keepdims=False)
@@ -144,5 +167,10 @@ def sample(
     drawn = jax.tree.map(lambda x: jnp.pad(x[None], ((0, max_new_tokens - 1), (0, 0))), first)
     start = _Loop(jnp.int32(1), first.token == eos_id, jnp.ones_like(row_length), drawn, cache)
     end = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~jnp.all(s.ended), advance, start)
-    laid_out = _layout(_repeat(prompts, num_generations, 0), row_length, end.drawn, end.num_tokens, pad_id)
-    return Samples(*laid_out, num_tokens=end.num_tokens, truncated=~end.ended)
+    found, mask = _layout(_repeat(prompts, num_generations, 0), row_length, end.drawn, end.num_tokens, pad_id)
+    if found.temperature is not None:
+        found = found._replace(temperature=jnp.where(mask, found.temperature, temperature))
+    return Samples(
+        found.token, found.log_prob, found.entropy, mask, num_tokens=end.num_tokens, truncated=~end.ended,
+        temperature=found.temperature,
+    )  # fmt: skip

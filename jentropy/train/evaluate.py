@@ -11,8 +11,9 @@ from jentropy import evaluation
 from jentropy.base import Array, Policy, Rollouts
 from jentropy.data.source import Prompts
 from jentropy.data.task import Task
+from jentropy.rewards.answers import answer_ids
 from jentropy.rewards.base import TextReward, grade_text
-from jentropy.rollout.iid import RolloutSpec
+from jentropy.rollout.iid import GREEDY_TOKENS, RolloutSpec
 from jentropy.train.programs import make_rollout
 from jentropy.train.sharding import replicated, row_sharding
 
@@ -29,26 +30,55 @@ def put_prompts(prompts: Prompts, mesh: Mesh) -> tuple[Array, Array, dict[str, A
     return jax.device_put(arrays, row_sharding(mesh))
 
 
+def _grade_texts(
+    task: Task, prompts: Prompts, prompt_of: np.ndarray, completions: list[str]
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Values and whether they were given, `[N]` each, by column of the text rewards; `prompt_of` `[N]` are indices."""
+    in_prompt = np.arange(prompts.tokens.shape[1])[None, :] < prompts.length[:, None]
+    decoded = task.tokenizer.decode_rows(prompts.tokens, in_prompt)
+    texts = [decoded[index] for index in prompt_of]
+    fields = {name: value[prompt_of].tolist() for name, value in prompts.fields.items()}
+    graders = {i: reward for i, reward in enumerate(task.rewards) if isinstance(reward, TextReward)}
+    return {i: grade_text(reward, texts, completions, fields) for i, reward in graders.items()}
+
+
 def grade_on_host(task: Task, rollouts: Rollouts, prompts: Prompts) -> Rollouts:
-    """Fills in the columns of text rewards; a row is valid if at least one reward function did not abstain."""
-    columns = {i: reward for i, reward in enumerate(task.rewards) if isinstance(reward, TextReward)}
-    if not columns:
+    """Fills in what the rollout program left to the host: columns of text rewards, answers of texts.
+
+    A row is valid if at least one reward function of the task did not abstain; what columns there are besides, of
+    rewards that shape, does not count. In `greedy_reward` one that abstains counts as 0.
+    """
+    graded = any(isinstance(reward, TextReward) for reward in task.rewards)
+    extract = None if task.answer_id is not None or "answer_id" not in rollouts.row_data else task.final_answer
+    if not graded and extract is None:
         return rollouts
     tokens, mask, rewards = jax.device_get((rollouts.tokens, rollouts.loss_mask, rollouts.rewards))
-    group_size = tokens.shape[0] // prompts.tokens.shape[0]
-    rewards, valid = np.array(rewards), np.zeros(rewards.shape, bool)
-    valid[:, [i for i in range(rewards.shape[1]) if i not in columns]] = True
-    columns_of_prompt = np.arange(prompts.tokens.shape[1])[None, :] < prompts.length[:, None]
-    texts = np.repeat(task.tokenizer.decode_rows(prompts.tokens, columns_of_prompt), group_size).tolist()
     completions = task.tokenizer.decode_rows(tokens, mask)
-    fields = {name: np.repeat(value, group_size).tolist() for name, value in prompts.fields.items()}
-    for i, reward in columns.items():
-        rewards[:, i], valid[:, i] = grade_text(reward, texts, completions, fields)
-    sharding = rollouts.rewards.sharding
-    is_valid = jax.device_put(valid.any(axis=1), rollouts.row_data["is_valid"].sharding)
-    return rollouts.replace(
-        rewards=jax.device_put(rewards, sharding), row_data={**rollouts.row_data, "is_valid": is_valid}
-    )
+    token_data, found = dict(rollouts.token_data), {}
+    if extract is not None:
+        found["answer_id"] = answer_ids([extract(completion) for completion in completions])
+    if graded:
+        num_rows, num_prompts = len(tokens), len(prompts.tokens)
+        rewards, valid = np.array(rewards), np.ones((num_rows, len(task.rewards)), bool)
+        prompt_of = np.repeat(np.arange(num_prompts), num_rows // num_prompts)
+        greedy = token_data.pop(GREEDY_TOKENS, None)
+        if greedy is not None:
+            greedy = jax.device_get(greedy)[:: num_rows // num_prompts]
+            prompt_of = np.concatenate([prompt_of, np.arange(num_prompts)])
+            completions = [*completions, *task.tokenizer.decode_rows(greedy, greedy >= 0)]
+            found["greedy_reward"] = np.array(jax.device_get(rollouts.row_data["greedy_reward"]))
+        for i, (value, is_given) in _grade_texts(task, prompts, prompt_of, completions).items():
+            rewards[:, i], valid[:, i] = value[:num_rows], is_given[:num_rows]
+            if greedy is not None:
+                weighted = np.float32(task.rewards[i].weight) * value[num_rows:]
+                found["greedy_reward"] += np.repeat(weighted, num_rows // num_prompts)
+        found["is_valid"] = valid.any(axis=1)
+    rewards = jax.device_put(rewards, rollouts.rewards.sharding)
+    row_data = {
+        name: jax.device_put(found[name], value.sharding) if name in found else value
+        for name, value in rollouts.row_data.items()
+    }
+    return rollouts.replace(rewards=rewards, row_data=row_data, token_data=token_data)
 
 
 def total_reward(task: Task, rewards: np.ndarray) -> np.ndarray:

@@ -10,8 +10,14 @@ from jentropy import conflicts
 from jentropy.base import Objective, require
 from jentropy.data.task import Task
 from jentropy.policy.transformer import TransformerConfig
+from jentropy.rewards.base import DeviceReward
+from jentropy.rollout.dynamic import DynamicSampling
+from jentropy.samplers import Sampler
 from jentropy.train.optimizer import AdamW
 from jentropy.train.sharding import MeshShape, check_rows, make_mesh
+
+PROVIDED = ("ref_log_prob", "answer_id", "greedy_reward", "truncated", "is_valid")
+"""What rows can hold for methods that require it; the first needs `Reinforce.reference`, the second the task."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,15 @@ class Reinforce:
       num_minibatches, num_epochs: updates per rollout are their product; minibatches are made of whole groups.
       num_microbatches: parts in which an update is computed; changes memory, not results.
       reference: keep the parameters at the start of the stage as the frozen reference policy.
+      sampler: how responses are drawn; None for `samplers.plain()`, every token at the objective's temperature.
+        Evaluations are always plain.
+      dynamic_sampling: which groups are kept, with new prompts until all `num_prompts` groups are such; None: all.
+        Prompts and samples of round r are a function of (seed, step, r), those of the first round the ones that are
+        sampled without it: no prompt is set aside for the next rollout.
+      mask_truncated: no gradient from responses that were cut at the limit; see `shaping.mask_truncated`.
+      shaping: rewards that are added as further columns after the task's, such as `overlong_reward`. They are not
+        evaluated, dynamic sampling does not look at them, and they make no row valid that no grader of the task graded.
+      eos_in_loss: whether the token that ends a response is trained on and counts in statistics, as in TRL and verl.
     """
 
     name: str = "rl"
@@ -72,6 +87,11 @@ class Reinforce:
     num_epochs: int = 2
     num_microbatches: int = 1
     reference: bool = False
+    sampler: Sampler | None = None
+    dynamic_sampling: DynamicSampling | None = None
+    mask_truncated: bool = False
+    shaping: tuple[DeviceReward, ...] = ()
+    eos_in_loss: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "num_prompts", "num_minibatches", "num_epochs", "num_microbatches"):
@@ -93,8 +113,14 @@ class Reinforce:
         )
         require(self.objective.temperature > 0, "temperature", self.objective.temperature, "positive")
         conflicts.check(self.objective, f"stage {self.name!r}")
+        unknown = sorted(self.required - set(PROVIDED))
+        if unknown:
+            raise ValueError(f"a method needs {', '.join(unknown)}, and rows can hold only {', '.join(PROVIDED)}")
         if "ref_log_prob" in self.required:
             require(self.reference, "reference", self.reference, "True: the objective needs the reference policy")
+        if self.dynamic_sampling is not None:
+            enough = self.num_generations >= 2
+            require(enough, "num_generations", self.num_generations, "at least 2 for dynamic_sampling")
         updates, wanted = self.num_minibatches * self.num_epochs, self.objective.mechanisms.min_updates
         if updates < wanted:
             warnings.warn(
@@ -179,6 +205,15 @@ class Experiment:
         require(positive, "hang_limit", self.hang_limit, "positive or None")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), "stages", names, "of different names")
+        rewards = [reward.name for reward in self.task.rewards]
+        for stage in self.stages:
+            if isinstance(stage, Reinforce) and stage.dynamic_sampling is not None:
+                stage.dynamic_sampling.column(rewards)
+            if isinstance(stage, Reinforce) and "answer_id" in stage.required and not self.task.has_answers:
+                raise ValueError(
+                    f"a method of stage {stage.name!r} needs answer_id, and task {self.task.name!r} does not say what "
+                    "the answer of a response is: give it an answer_id or a final_answer"
+                )
         vocab = self.task.tokenizer.vocab_size
         require(self.policy.vocab_size >= vocab, "policy.vocab_size", self.policy.vocab_size, f"at least {vocab}")
 

@@ -15,16 +15,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jentropy import config as config_lib
-from jentropy.base import Metrics, Policy
+from jentropy.base import Metrics, Policy, Rollouts
+from jentropy.data.source import Prompts
 from jentropy.policy.transformer import transformer
 from jentropy.report.plots import run_plot
 from jentropy.rewards import workers
+from jentropy.rollout.dynamic import dynamic_rollouts
 from jentropy.rollout.iid import RolloutSpec
+from jentropy.samplers import plain
 from jentropy.train.allocator import keep_freed_memory
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.compilations import num_compilations
 from jentropy.train.evaluate import Evaluator, grade_on_host, put_prompts
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
+from jentropy.train.filters import make_judge, make_mask, make_place, round_keys
 from jentropy.train.folder import open_folder, write_header
 from jentropy.train.metrics import MetricsWriter, divide, read_metrics
 from jentropy.train.preflight import check_room, num_bytes
@@ -61,7 +65,7 @@ def make_evaluator(experiment: Experiment, policy: Policy, mesh: Mesh, num_promp
 
 
 class Stepper:
-    """One rollout and its updates, with the compiled programs of a stage.
+    """One rollout and its updates, with the compiled programs of a stage; `train_step` is that of the updates.
 
     Args:
       experiment: the run.
@@ -75,26 +79,54 @@ class Stepper:
         task, objective = experiment.task, stage.objective
         spec = make_spec(
             policy, objective, stage.optimizer, reference=stage.reference, num_minibatches=stage.num_minibatches,
-            num_epochs=stage.num_epochs, num_microbatches=stage.num_microbatches,
+            num_epochs=stage.num_epochs, num_microbatches=stage.num_microbatches, sampler=stage.sampler,
+            left_out=None if stage.eos_in_loss else task.tokenizer.eos_id,
         )  # fmt: skip
         sampler = RolloutSpec(
             stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
-            objective.temperature, task.rewards,
+            objective.temperature, (*task.rewards, *stage.shaping), sampler=stage.sampler or plain(),
+            required=stage.required,
+            answer_id=task.answer_id,
         )  # fmt: skip
         self._rollout = make_rollout(policy, sampler, mesh)
-        self._train_step = make_train_step(spec, stage.num_prompts, mesh)
+        self.train_step = make_train_step(spec, stage.num_prompts, mesh)
         self._source = task.prompts("train", stage.mixture)
         self._task, self._mesh, self._key = task, mesh, key
         self._seed, self._num_prompts = experiment.seed, stage.num_prompts
+        self._mask = make_mask(mesh) if stage.mask_truncated else None
+        self._dynamic = stage.dynamic_sampling
+        if self._dynamic is not None:
+            self._keys = round_keys(key, self._dynamic.max_num_gen_batches, mesh)
+            column = self._dynamic.column([reward.name for reward in task.rewards])
+            self._judge, self._place = make_judge(column, stage.num_prompts, mesh), make_place(mesh)
+
+    def _round(self, state: TrainState, step: int, draw: int, prompts: Prompts) -> Rollouts:
+        """Graded rows of one round of sampling; only dynamic sampling has a second."""
+        index = jax.device_put(np.int32(step), replicated(self._mesh))
+        placed = put_prompts(prompts, self._mesh)
+        key = self._key if self._dynamic is None else self._keys[draw]
+        rows, _ = self._rollout(state.params, key, index, *placed, state.decode_state)
+        return grade_on_host(self._task, rows, prompts)
+
+    def _sample(self, state: TrainState, step: int) -> tuple[Rollouts, np.ndarray, Mapping[str, tuple[Any, Any]]]:
+        """The rows of a rollout, the prompt of each group, and what sampling says of itself."""
+        draw_prompts = functools.partial(self._source.batch, self._seed, step, self._num_prompts)
+        if self._dynamic is None:
+            prompts = draw_prompts()
+            return self._round(state, step, 0, prompts), prompts.example_id, {}
+        return dynamic_rollouts(
+            draw_prompts, functools.partial(self._round, state, step), settings=self._dynamic,
+            num_groups=self._num_prompts, judge=self._judge, place=self._place,
+        )  # fmt: skip
 
     def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics, Batch]:
         """Advances `state`, which is donated, by the rollout number `step`; returns what the step was given, too."""
-        prompts = self._source.batch(self._seed, step, self._num_prompts)
-        index = jax.device_put(np.int32(step), replicated(self._mesh))
-        rows, _ = self._rollout(state.params, self._key, index, *put_prompts(prompts, self._mesh))
-        rows = grade_on_host(self._task, rows, prompts)
-        state, metrics = self._train_step(state, rows)
-        return state, metrics, Batch(rows, prompts.example_id)
+        rows, example_id, sampling = self._sample(state, step)
+        if self._mask is not None:
+            rows, masked = self._mask(rows)
+            sampling = {**sampling, **masked}
+        state, metrics = self.train_step(state, rows)
+        return state, {**metrics, **sampling}, Batch(rows, example_id)
 
 
 class _Pending(NamedTuple):
@@ -107,7 +139,7 @@ class _Pending(NamedTuple):
 
 
 def _fresh(stage: Reinforce, params: Any, step: jax.Array, key: jax.Array) -> TrainState:
-    return new_stage(params, step, key, stage.objective, stage.optimizer, stage.reference)
+    return new_stage(params, step, key, stage.objective, stage.optimizer, stage.reference, stage.sampler)
 
 
 def state_template(experiment: Experiment, policy: Policy, mesh: Mesh, index: int) -> TrainState:
@@ -288,7 +320,7 @@ class Run:
         timing |= {f"reward_rows/{name}": count for name, count in workers.counters().items()}
         self._writer.write_timing(pending.step, timing)
         reward = metrics.get("critic/score/mean", math.nan)  # every grader may have abstained
-        self._bar.update(pending.step + 1, reward=reward, entropy=metrics["actor/entropy"])
+        self._bar.update(pending.step + 1, reward=reward, entropy=metrics.get("actor/entropy", math.nan))
         self._quarantine.observe(pending.step, stage.name, metrics, pending.batch)
 
     def _save(self, index: int, stage_step: int, state: TrainState) -> None:

@@ -10,8 +10,9 @@ import optax
 from jax.sharding import Mesh
 
 from jentropy import head
-from jentropy.base import Array, Policy, Rollouts
-from jentropy.rollout.iid import RolloutSpec, iid_rollouts
+from jentropy.base import Array, Policy, Rollouts, State
+from jentropy.rollout.iid import ON_DEMAND, RolloutSpec, iid_rollouts
+from jentropy.samplers import compiled_part
 from jentropy.train.optimizer import AdamW, apply_optimizer
 from jentropy.train.sharding import constrain_rows, param_shardings
 from jentropy.train.state import optimizer_shardings
@@ -20,25 +21,32 @@ SAMPLING, EVALUATION = 0, 2
 """What is folded into the run's key, by purpose; 1 is that of updates."""
 
 
-@functools.lru_cache
 def make_rollout(policy: Policy, spec: RolloutSpec, mesh: Mesh) -> Callable[..., tuple[Rollouts, Array]]:
-    """The jitted `(params, key, index, prompts, length, fields) -> (rollouts, entropy [B, T])`.
+    """The jitted `(params, key, index, prompts, length, fields, decode_state=()) -> (rollouts, entropy [B, T])`.
 
-    The randomness is that of `fold_in(key, index)`; `key` is the run's with a purpose folded in.
+    The randomness is that of `fold_in(key, index)`; `key` is the run's with a purpose folded in. Samplers that differ
+    in numbers only share a program, and so do methods that require the same of what is made on demand.
 
     Args:
       policy: the model.
       spec: what to sample.
       mesh: devices; prompts are sharded over its rows.
     """
+    spec = spec._replace(sampler=compiled_part(spec.sampler), required=spec.required & ON_DEMAND)
+    return _make_rollout(policy, spec, mesh)
 
+
+@functools.lru_cache
+def _make_rollout(policy: Policy, spec: RolloutSpec, mesh: Mesh) -> Callable[..., tuple[Rollouts, Array]]:
     @jax.jit
     def rollout(
-        params: Any, key: Array, index: Array, prompts: Array, length: Array, fields: Mapping[str, Array]
-    ) -> tuple[Rollouts, Array]:
+        params: Any, key: Array, index: Array, prompts: Array, length: Array, fields: Mapping[str, Array],
+        decode_state: State = (),
+    ) -> tuple[Rollouts, Array]:  # fmt: skip
         prompts, length, fields = constrain_rows((prompts, length, fields), mesh)
         key = jax.random.fold_in(key, index)
-        return constrain_rows(iid_rollouts(policy, params, prompts, length, fields, key, spec=spec), mesh)
+        found = iid_rollouts(policy, params, prompts, length, fields, key, decode_state, spec=spec)
+        return constrain_rows(found, mesh)
 
     return rollout
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jentropy import config as config_lib
 from jentropy.base import Array, Metrics, Policy
 from jentropy.policy.transformer import transformer
+from jentropy.train import filters
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
 from jentropy.train.loop import Stepper, state_template
@@ -30,7 +31,6 @@ from jentropy.train.programs import SAMPLING
 from jentropy.train.quarantine import SKIPPED, load_batch, stored_steps
 from jentropy.train.sharding import make_mesh, replicated, row_sharding
 from jentropy.train.state import TrainState, new_stage
-from jentropy.train.step import make_spec, make_train_step
 from jentropy.train.warm_start import cached_warm_start, init_params, run_supervised
 
 
@@ -133,8 +133,9 @@ class _Past:
         assert isinstance(stage, Reinforce)
         shardings = jax.tree.map(lambda x: x.sharding, state_template(self.experiment, self.policy, self.mesh, index))
         fresh = functools.partial(
-            new_stage, objective=stage.objective, optimizer=stage.optimizer, reference=stage.reference
-        )
+            new_stage, objective=stage.objective, optimizer=stage.optimizer, reference=stage.reference,
+            sampler=stage.sampler,
+        )  # fmt: skip
         count = jax.device_put(np.int32(start), replicated(self.mesh))
         return jax.jit(fresh, out_shardings=shardings)(params, count, self.key), start
 
@@ -163,8 +164,14 @@ class _Past:
 
 
 def _same(found: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> bool:
-    """Whether a line of metrics holds these numbers, bit by bit; NaN equals NaN."""
-    if recorded is None or found.keys() != recorded.keys() - {"stage", "step"}:
+    """Whether a line of metrics holds these numbers, bit by bit; NaN equals NaN.
+
+    A step that is given its rollout does not know what sampling said of itself.
+    """
+    if recorded is None:
+        return False
+    unknown = {name for name in recorded.keys() - found.keys() if name.startswith(filters.METRICS)}
+    if found.keys() != recorded.keys() - {"stage", "step"} - unknown:
         return False
     pairs = ((value, recorded[name]) for name, value in found.items())
     return all(a == b or (isinstance(b, float) and math.isnan(a) and math.isnan(b)) for a, b in pairs)
@@ -207,11 +214,6 @@ def replay(run: str | Path, step: int | None = None, config: fdl.Config | None =
     for at in range(start, step):
         state, metrics = stepper(state, at)[:2]
         check(at, metrics)
-    spec = make_spec(
-        past.policy, stage.objective, stage.optimizer, reference=stage.reference,
-        num_minibatches=stage.num_minibatches, num_epochs=stage.num_epochs, num_microbatches=stage.num_microbatches,
-    )  # fmt: skip
-    train_step = make_train_step(spec, stage.num_prompts, past.mesh)
-    _, metrics = train_step(state, jax.device_put(batch.rollouts, row_sharding(past.mesh)))
+    _, metrics = stepper.train_step(state, jax.device_put(batch.rollouts, row_sharding(past.mesh)))
     skipped = check(step, metrics)
     return Replay(step, start, min(departed, default=None), float(description.get(SKIPPED, math.nan)), skipped)

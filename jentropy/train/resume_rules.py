@@ -59,11 +59,14 @@ _RULES: dict[tuple[Rule, str], str] = {
     """,
     (Rule.WITH_FLAG, "other rollouts"): """
         reinforce.mixture reinforce.mixture.* reinforce.num_prompts reinforce.num_generations
+        reinforce.dynamic_sampling reinforce.dynamic_sampling.*
         reinforce.objective.temperature task.max_new_tokens task.prompt_columns
     """,
-    (Rule.WITH_FLAG, "other rewards"): "task.reward task.rewards task.rewards.**",
+    (Rule.WITH_FLAG, "other rewards"): """
+        task.reward task.rewards task.rewards.** reinforce.shaping reinforce.shaping.**
+    """,
     (Rule.WITH_FLAG, "other updates"): """
-        reinforce.num_minibatches reinforce.num_epochs
+        reinforce.num_minibatches reinforce.num_epochs reinforce.eos_in_loss reinforce.mask_truncated
         reinforce.objective.surrogate reinforce.objective.surrogate.**
         reinforce.objective.normaliser reinforce.objective.normaliser.**
         reinforce.optimizer.b1 reinforce.optimizer.b2 reinforce.optimizer.epsilon reinforce.optimizer.weight_decay
@@ -74,7 +77,7 @@ _RULES: dict[tuple[Rule, str], str] = {
     (Rule.REFUSED, "the checkpoint holds the old value and would bring it back"): """
         reinforce.optimizer.learning_rate
         reinforce.objective.estimator reinforce.objective.estimator.**
-        reinforce.objective.mechanisms reinforce.objective.mechanisms.**
+        reinforce.objective.mechanisms reinforce.objective.mechanisms.** reinforce.sampler reinforce.sampler.**
     """,
     (Rule.REFUSED, "the checkpoint's state has another structure"): """
         . reinforce supervised reinforce.objective reinforce.optimizer reinforce.reference evaluation mesh

@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from jentropy.base import Array, Objective, Policy, State
+from jentropy.samplers import Sampler, plain
 from jentropy.train.optimizer import AdamW, init_optimizer, make_optimizer
 from jentropy.train.sharding import param_shardings, replicated
 
@@ -26,7 +27,7 @@ class TrainState:
       estimator_state: the estimator's state.
       frozen: parameters without gradient by name, such as `reference`.
       learners: states of second models by name.
-      decode_state: what the samplers read, updated once per rollout.
+      decode_state: the sampler's state, hyper-parameters included; advances once per rollout.
       key: the run's key; never split, every draw folds (stage, step, row) into it.
     """
 
@@ -37,14 +38,15 @@ class TrainState:
     estimator_state: State
     frozen: Mapping[str, Any]
     learners: Mapping[str, State]
-    decode_state: Mapping[str, Array]
+    decode_state: State
     key: Array
 
 
 def new_stage(
-    params: Any, step: Array, key: Array, objective: Objective, optimizer: AdamW, reference: bool
-) -> TrainState:
-    """The state in which a stage starts: its own optimizer, mechanism and estimator state.
+    params: Any, step: Array, key: Array, objective: Objective, optimizer: AdamW, reference: bool,
+    sampler: Sampler | None = None,
+) -> TrainState:  # fmt: skip
+    """The state in which a stage starts: its own optimizer, mechanism, estimator and sampler state.
 
     Args:
       params: parameters the stage starts from.
@@ -53,6 +55,7 @@ def new_stage(
       objective: the stage's method.
       optimizer: the stage's optimizer.
       reference: whether to keep the parameters as the frozen reference policy.
+      sampler: how tokens are drawn; None for `samplers.plain()`.
     """
     return TrainState(
         step=step,
@@ -62,7 +65,7 @@ def new_stage(
         estimator_state=objective.estimator.init(),
         frozen={"reference": jax.tree.map(jnp.copy, params)} if reference else {},
         learners={},
-        decode_state={},
+        decode_state=(sampler or plain()).init(),
         key=key,
     )
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jentropy import stats
+from jentropy import outcome, stats
 from jentropy.base import (
     ENTROPY,
     LOG_PROB,
@@ -31,6 +31,7 @@ from jentropy.base import (
     Term,
     initial_plan,
 )
+from jentropy.samplers import Sampler, Statistics
 from jentropy.train.optimizer import AdamW, apply_optimizer, compiled_part
 from jentropy.train.scoring import Scorer, make_scorer, score_rows, to_micro
 from jentropy.train.sharding import constrain_rows
@@ -62,6 +63,8 @@ class StepSpec(NamedTuple):
     num_minibatches: int = 1
     num_epochs: int = 1
     num_microbatches: int = 1
+    advance: Callable[..., Any] | None = None
+    left_out: int | None = None
 
     @property
     def num_updates(self) -> int:
@@ -83,8 +86,10 @@ def make_spec(
     num_minibatches: int = 1,
     num_epochs: int = 1,
     num_microbatches: int = 1,
+    sampler: Sampler | None = None,
+    left_out: int | None = None,
 ) -> StepSpec:
-    """The static description of a step from its parts; see `StepSpec`."""
+    """The static description of a step from its parts; a token `left_out` is not in the loss. See `StepSpec`."""
     outputs = tuple(dict.fromkeys((LOG_PROB, ENTROPY, *objective.mechanisms.outputs)))
     return StepSpec(
         policy=policy,
@@ -100,7 +105,14 @@ def make_spec(
         num_minibatches=num_minibatches,
         num_epochs=num_epochs,
         num_microbatches=num_microbatches,
+        advance=None if sampler is None else sampler.advance,
+        left_out=left_out,
     )
+
+
+def _without(token: int | None, rows: Rollouts) -> Rollouts:
+    """The rows without `token` in the loss mask."""
+    return rows if token is None else rows.replace(loss_mask=rows.loss_mask & (rows.tokens != token))
 
 
 def select_valid(rows: Rollouts) -> Rollouts:
@@ -220,7 +232,10 @@ Prepare: TypeAlias = Callable[[Rollouts, Quantities], tuple[Rollouts, Array, Any
 def _update(
     spec: StepSpec, state: TrainState, carry: _Carry, rows: Rollouts, index: Array, key: Array, prepare: Prepare
 ) -> tuple[_Carry, Metrics, Any]:
-    """One optimizer update; skipped, and counted, if loss or gradient norm is not finite or no token is valid."""
+    """One optimizer update; skipped, and counted, if loss or gradient norm is not finite or no token is valid.
+
+    One whose rows are all padding, without a valid row, is skipped and not counted: nothing is wrong with it.
+    """
     scores, pull = forward(spec, carry.params, state.frozen, rows)
     first = index == 0
     rows = rows.replace(logp_old=jnp.where(first, scores["log_prob"], rows.logp_old))
@@ -245,7 +260,8 @@ def _update(
     metrics = {k: (s, one) if k.endswith("_loss") else (s, n) for k, (s, n) in metrics.items()}
     metrics |= {**plan.metrics, "actor/loss": (value, one), "actor/grad_norm": (norm, one)}
     metrics = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), metrics)
-    metrics["update/skipped"] = ((~ok).astype(value.dtype), one)
+    is_padding = ~jnp.any(rows.loss_mask) & ~jnp.any(outcome.valid_rows(rows))
+    metrics["update/skipped"] = ((~ok & ~is_padding).astype(value.dtype), one)
     return _Carry(params, opt_state, mechanism_state), metrics, found
 
 
@@ -257,6 +273,15 @@ def _minibatch_rows(group: Array, num_minibatches: int, num_epochs: int, num_gro
         return by_group[jax.random.permutation(epoch_key, num_groups)].reshape((num_minibatches, -1))
 
     return jax.vmap(epoch)(jax.random.split(key, num_epochs)).reshape((num_minibatches * num_epochs, -1))
+
+
+def _temperature(rows: Rollouts) -> Metrics:
+    """The mean temperature of the response tokens, where it is the sampler's."""
+    if "temperature" not in rows.token_data:
+        return {}
+    temperature = rows.token_data["temperature"]
+    total = stats.masked_sum(temperature, rows.loss_mask)
+    return {"sampler/temperature": (total, jnp.sum(rows.loss_mask, dtype=temperature.dtype))}
 
 
 def rollout_metrics(rows: Rollouts, scores: Quantities, advantage: Array) -> Metrics:
@@ -273,6 +298,7 @@ def rollout_metrics(rows: Rollouts, scores: Quantities, advantage: Array) -> Met
     per_row = jnp.sum(entropy, axis=1) / jnp.maximum(lengths, 1).astype(entropy.dtype)
     mismatch = jnp.where(mask, jnp.abs(rows.logp_old - rows.logp_sampler), 0.0)
     num_rows = jnp.sum(nonempty).astype(advantage.dtype)
+    sampled = rows.row_data.get("response_length", lengths)
     valid = rows.row_data["is_valid"][:, None] if "is_valid" in rows.row_data else jnp.ones_like(rows.rewards, bool)
     rewards = jnp.where(valid, rows.rewards, 0.0)
     return {
@@ -283,25 +309,37 @@ def rollout_metrics(rows: Rollouts, scores: Quantities, advantage: Array) -> Met
         "sampler/logp_diff_relative": (jnp.max(mismatch / jnp.maximum(jnp.abs(rows.logp_old), 1.0)), one),
         "sampler/logp_diff_mean": (jnp.sum(mismatch), tokens),
         "critic/score/mean": (jnp.sum(rewards), jnp.sum(valid & jnp.ones_like(rewards, bool)).astype(rewards.dtype)),
-        "response_length/mean": (jnp.sum(lengths).astype(advantage.dtype), one * mask.shape[0]),
-        "response_length/max": (jnp.max(lengths).astype(advantage.dtype), one),
-        "response_length/min": (jnp.min(lengths).astype(advantage.dtype), one),
+        "response_length/mean": (jnp.sum(sampled).astype(advantage.dtype), one * mask.shape[0]),
+        "response_length/max": (jnp.max(sampled).astype(advantage.dtype), one),
+        "response_length/min": (jnp.min(sampled).astype(advantage.dtype), one),
+        **_temperature(rows),
     }
+
+
+def _advanced(spec: StepSpec, state: TrainState, rows: Rollouts, scores: Quantities) -> Any:
+    """The sampler's state for the next rollout; as it was if this one has no token or an entropy that is not finite."""
+    if spec.advance is None:
+        return state.decode_state
+    entropy = stats.masked_mean(scores["entropy"], rows.loss_mask)
+    new = spec.advance(state.decode_state, Statistics(entropy, jnp.asarray(spec.temperature, entropy.dtype)))
+    ok = jnp.isfinite(entropy) & jnp.any(rows.loss_mask)
+    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state.decode_state)
 
 
 def _estimate(spec: StepSpec, state: TrainState, rows: Rollouts, scores: Quantities) -> tuple[Rollouts, Array, Any]:
     advantage, token_data, metrics, estimator_state = spec.estimate(rows, state.estimator_state)
     rows = rows.replace(token_data={**rows.token_data, **token_data})
     metrics = {**metrics, **rollout_metrics(rows, scores, advantage)}
-    return rows, advantage, (estimator_state, metrics)
+    carried = {"estimator_state": estimator_state, "decode_state": _advanced(spec, state, rows, scores)}
+    return rows, advantage, (carried, metrics)
 
 
 def _single(spec: StepSpec, state: TrainState, rows: Rollouts, key: Array) -> tuple[_Carry, Metrics, Any]:
     """One update on the whole rollout: its own forward pass is the old-log-probability pass."""
     carry = _Carry(state.params, state.opt_state, state.mechanism_state)
     prepare = functools.partial(_estimate, spec, state)
-    carry, metrics, (estimator_state, found) = _update(spec, state, carry, rows, jnp.int32(0), key, prepare)
-    return carry, {**metrics, **found}, estimator_state
+    carry, metrics, (carried, found) = _update(spec, state, carry, rows, jnp.int32(0), key, prepare)
+    return carry, {**metrics, **found}, carried
 
 
 def _several(
@@ -309,9 +347,7 @@ def _several(
 ) -> tuple[_Carry, Metrics, Any]:
     """Several updates: the rollout is scored and estimated once, then cut into minibatches of whole groups."""
     scores = score_rows(spec.scorer, state.params, state.frozen, rows, spec.num_microbatches)
-    rows, advantage, (estimator_state, found) = _estimate(
-        spec, state, rows.replace(logp_old=scores["log_prob"]), scores
-    )
+    rows, advantage, (carried, found) = _estimate(spec, state, rows.replace(logp_old=scores["log_prob"]), scores)
     cut_key, plan_key = jax.random.split(key)
     indices = _minibatch_rows(rows.group, spec.num_minibatches, spec.num_epochs, num_groups, cut_key)
 
@@ -325,7 +361,7 @@ def _several(
 
     start = _Carry(state.params, state.opt_state, state.mechanism_state)
     carry, metrics = jax.lax.scan(body, start, (jnp.arange(spec.num_updates, dtype=jnp.int32), indices))
-    return carry, {**jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics), **found}, estimator_state
+    return carry, {**jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics), **found}, carried
 
 
 def _with_reference(spec: StepSpec, state: TrainState, rows: Rollouts) -> Rollouts:
@@ -350,13 +386,13 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, rollouts: Rollouts) -> tuple[TrainState, Metrics]:
-        rows = _with_reference(spec, state, select_valid(constrain_rows(rollouts, mesh)))
+        rows = _with_reference(spec, state, select_valid(_without(spec.left_out, constrain_rows(rollouts, mesh))))
         key = jax.random.fold_in(jax.random.fold_in(state.key, UPDATES), state.step)
         if spec.num_updates == 1:
-            carry, metrics, estimator_state = _single(spec, state, rows, key)
+            carry, metrics, carried = _single(spec, state, rows, key)
         else:
-            carry, metrics, estimator_state = _several(spec, state, rows, key, num_groups, mesh)
-        state = state.replace(**carry._asdict(), estimator_state=estimator_state, step=state.step + 1)
+            carry, metrics, carried = _several(spec, state, rows, key, num_groups, mesh)
+        state = state.replace(**carry._asdict(), **carried, step=state.step + 1)
         shardings = state_shardings(spec.policy, mesh, spec.optimizer, state)
         return jax.lax.with_sharding_constraint(state, shardings), metrics
 
