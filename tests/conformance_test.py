@@ -21,13 +21,18 @@ import pytest
 import jentropy
 from jentropy import normalisers, surrogates
 from jentropy.advantages.grpo import grpo
+from jentropy.advantages.opo import opo
+from jentropy.advantages.raft import raft, reinforce_rej
 from jentropy.advantages.reinforce import reinforce
+from jentropy.advantages.reinforce_pp import reinforce_pp, reinforce_pp_baseline
+from jentropy.advantages.remax import remax
 from jentropy.advantages.rloo import rloo
 from jentropy.base import Estimator, Mechanism, Rollouts, Signals
 from jentropy.compose import chain
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
+from jentropy.mechanisms.importance_correction import importance_correction, rejection
 from jentropy.mechanisms.kl_cov import kl_cov
 from jentropy.mechanisms.kl_reference import kl_reference
 from jentropy.train.optimizer import AdamW
@@ -71,10 +76,34 @@ METHODS: dict[str, Case] = {
     "reinforce/batch_mean": Case(reinforce, {"baseline": "batch_mean", "reward_weights": (1.0, 0.3)}),
     "rloo": Case(rloo, {"reward_weights": (1.0, 0.3)}),
     "rloo/raw": Case(rloo, {"singleton": "raw", "reward_weights": (1.0, 0.3)}),
+    "rloo/kl": Case(rloo, {"kl_coef": 0.1, "reward_weights": (1.0, 0.3)}, other={"kl_coef": 1.0}),
+    "opo": Case(opo, {"reward_weights": (1.0, 0.3)}),
+    "opo/raw": Case(opo, {"singleton": "raw", "reward_weights": (1.0, 0.3)}),
+    "raft": Case(raft, {"reward_weights": (1.0, 0.0)}),
+    "raft/binary": Case(raft, {"rewards": "binary", "reward_weights": (1.0, 0.0)}),
+    "reinforce_rej": Case(reinforce_rej, {"rewards": "binary", "reward_weights": (1.0, 0.0)}),
+    "reinforce_rej/raw": Case(reinforce_rej, {"singleton": "raw", "reward_weights": (1.0, 0.0)}),
+    "reinforce_pp": Case(reinforce_pp, {"gamma": 0.9, "reward_weights": (1.0, 0.3)}),
+    "reinforce_pp/kl": Case(reinforce_pp, {"kl_coef": 0.1, "reward_weights": (1.0, 0.3)}, other={"kl_coef": 1.0}),
+    "reinforce_pp/sequence": Case(reinforce_pp, {"whiten_unit": "sequence", "reward_weights": (1.0, 0.3)}),
+    "reinforce_pp_baseline": Case(reinforce_pp_baseline, {"reward_weights": (1.0, 0.3)}),
+    "reinforce_pp_baseline/drop": Case(
+        reinforce_pp_baseline, {"whiten_unit": "sequence", "drop_degenerate": True, "reward_weights": (1.0, 0.3)}
+    ),
+    "reinforce_pp_baseline/raw": Case(reinforce_pp_baseline, {"singleton": "raw", "reward_weights": (1.0, 0.3)}),
+    "remax": Case(remax, {"reward_weights": (1.0, 0.3)}),
     # Mechanisms.
     "clip_cov": Case(clip_cov, {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.1, "clip_cov_ub": 9.0}, {"clip_cov_ratio": 0}),
     "clip_range": Case(clip_range, {"epsilon_low": 0.3, "epsilon_high": 0.5}, {"epsilon_low": 1, "epsilon_high": INF}),
     "entropy_bonus": Case(entropy_bonus, {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
+    "importance_correction": Case(importance_correction, {"rollout_is_threshold": 1.3, "lower": 0.6},
+                                  {"rollout_is_threshold": 1.0, "lower": 1.0}),
+    "importance_correction/mask": Case(importance_correction, {"level": "sequence_mean", "mode": "mask", "lower": 0.8,
+                                       "rollout_is_threshold": 1.5, "batch_normalise": True}),
+    "importance_correction/sequence": Case(importance_correction, {"level": "sequence", "rollout_is_threshold": 1.5}),
+    "rejection": Case(rejection, {"level": "token", "lower": 0.7, "upper": 1.4}, {"lower": 0.0, "upper": INF}),
+    "rejection/k3": Case(rejection, {"level": "sequence_max", "statistic": "k3", "upper": 0.2, "denominator": "all"},
+                         {"upper": INF}),
     "kl_cov": Case(kl_cov, {"kl_cov_ratio": 0.1, "ppo_kl_coef": 0.5}, {"kl_cov_ratio": 0.0}),
     "kl_cov/k3": Case(kl_cov, {"kl_cov_ratio": 0.1, "estimator": "k3", "keep_clip": True}, {"ppo_kl_coef": 0.0}),
     "kl_reference/k1": Case(kl_reference, {"beta": 0.1, "estimator": "k1"}, {"beta": 0.0}),
@@ -197,6 +226,7 @@ def example() -> Example:
         row_data={
             "is_valid": jnp.asarray(np.arange(ROWS) != 14),
             "truncated": jnp.asarray(rng.random(ROWS) < 0.3),
+            "greedy_reward": jnp.asarray(group / 4 - 0.5, jnp.float32),
         },
     )
     positive = {name: token(rng.exponential(size=shape)) for name in SCORES[1:]}
