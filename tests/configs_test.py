@@ -89,7 +89,7 @@ def test_shapes_fit_from_prompts_to_the_next_state(path):
     for stage, spec in zip(policy_gradient_stages(built), specs(built), strict=True):
         sampler = RolloutSpec(
             stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
-            stage.objective.temperature, task.rewards,
+            stage.objective.temperature, task.rewards, required=stage.required,
         )  # fmt: skip
         column = jax.ShapeDtypeStruct((stage.num_prompts,), np.int32)
         prompts = jax.ShapeDtypeStruct((stage.num_prompts, task.prompt_columns), np.int32)
