@@ -43,11 +43,12 @@ class Demonstrations(NamedTuple):
     weight: np.ndarray
 
 
-def generator(seed: int, stream: int, step: int) -> np.random.Generator:
-    """A generator that is a pure function of three non-negative integers."""
-    for name, value in (("seed", seed), ("step", step)):
+def generator(seed: int, stream: int, step: int, draw: int = 0) -> np.random.Generator:
+    """A generator that is a pure function of four non-negative integers."""
+    for name, value in (("seed", seed), ("step", step), ("draw", draw)):
         base.require(value >= 0, name, value, "non-negative")
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, step])))
+    spawn_key = (draw,) if draw else ()
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, step], spawn_key=spawn_key)))
 
 
 class Mixture:
@@ -123,9 +124,16 @@ class MixtureSource:
         """
         self._mixture = Mixture(splits, weights)
 
-    def batch(self, seed: int, step: int, size: int) -> Prompts:
-        """`size` prompts, drawn independently: a pure function of the arguments."""
-        return self._take(self._mixture.draw(generator(seed, _PROMPTS, step), size))
+    def batch(self, seed: int, step: int, size: int, draw: int = 0) -> Prompts:
+        """`size` prompts, drawn independently: a pure function of the arguments.
+
+        Args:
+          seed: of the run.
+          step: the rollout's number.
+          size: prompts.
+          draw: number of the batch within its rollout; dynamic sampling draws one in every round.
+        """
+        return self._take(self._mixture.draw(generator(seed, _PROMPTS, step, draw), size))
 
     def fixed(self, seed: int, size: int) -> Prompts:
         """`size` evaluation prompts: each split has its rounded share, in order, with as few repeats as possible."""

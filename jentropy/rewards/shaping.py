@@ -101,8 +101,9 @@ def overlong_reward(
 def mask_truncated(rollouts: Rollouts) -> Rollouts:
     """Overlong filtering: no token of a truncated row is in the loss mask; its reward stays in its group's baseline.
 
-    So every quantile, covariance, count and denominator leaves these rows out. Known as `mask_truncated_completions`
-    (TRL), which masks the row's attention as well; here only the loss.
+    So every quantile, covariance, count and denominator leaves these rows out. Their lengths are kept for reports, as
+    `row_data["response_length"]` `[B]`. Known as `mask_truncated_completions` (TRL), which masks the row's attention
+    as well; here only the loss.
 
     Args:
       rollouts: graded rows with `row_data["truncated"]` `[B]` bool.
@@ -114,4 +115,8 @@ def mask_truncated(rollouts: Rollouts) -> Rollouts:
     """
     if "truncated" not in rollouts.row_data:
         raise ValueError("mask_truncated needs row_data['truncated']")
-    return rollouts.replace(loss_mask=rollouts.loss_mask & ~rollouts.row_data["truncated"][:, None])
+    length = jnp.sum(rollouts.loss_mask, axis=1, dtype=jnp.int32)
+    return rollouts.replace(
+        loss_mask=rollouts.loss_mask & ~rollouts.row_data["truncated"][:, None],
+        row_data={**rollouts.row_data, "response_length": length},
+    )
