@@ -44,6 +44,36 @@ def test_single_rows():
     assert rloo().min_group_size == 2 and rloo(singleton="raw").min_group_size == 1
 
 
-def test_refusal():
-    with pytest.raises(ValueError, match="singleton must be zero or raw, got 'mean'"):
-        rloo(singleton="mean")
+@pytest.mark.parametrize("fill", [0.0, np.nan])
+def test_the_divergence_of_the_whole_response_is_in_the_reward(fill):
+    old = np.where(MASK, -np.arange(36.0).reshape(6, 6) / 16, fill).astype(np.float32)
+    ref = np.where(MASK, -1.0, fill).astype(np.float32)
+    rollouts = toy.rollouts(
+        MASK, rewards=REWARDS, group=GROUP, logp_old=old, token_data={"ref_log_prob": ref}, row_data={}
+    )
+    estimator = rloo(kl_coef=0.5)
+    advantage, metrics = toy.estimate(estimator, rollouts)
+    divergence = np.where(MASK, old + 1.0, 0.0).sum(axis=1)
+    expected = leave_one_out(REWARDS - 0.5 * divergence, range(6))
+    np.testing.assert_allclose(advantage, np.where(MASK, expected[:, None], 0.0), rtol=1e-5)
+    assert advantage[1].any()  # of equal rewards, and of different divergences
+    assert metrics["actor/reward_kl_penalty"] == (divergence.sum(), MASK.sum())
+    np.testing.assert_allclose(metrics["critic/rewards/mean"], (REWARDS.sum(), 6.0), rtol=1e-6)
+    assert estimator.requires == ("ref_log_prob",) and rloo().requires == ()
+
+
+def test_without_the_reference():
+    with pytest.raises(ValueError, match=r"a kl_coef above 0 needs token_data\['ref_log_prob'\], got \[\]"):
+        run(rloo(kl_coef=0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"singleton": "mean"}, "singleton must be zero or raw, got 'mean'"),
+        ({"kl_coef": -1.0}, r"kl_coef must be finite and at least 0, got -1\.0"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        rloo(**options)
