@@ -93,7 +93,8 @@ def dual_clip(*, clip_ratio_c: float = 3.0) -> Surrogate:
 
         l_t = min(-min(r_t A_t, clip(r_t) A_t), -c A_t)   where A_t < 0
 
-    Adds the metric `actor/pg_clipfrac_lower`. verl has it always on, with c = 3; DAPO's scripts use 10.
+    Adds the metric `actor/pg_clipfrac_lower`. verl has it always on, with c = 3; DAPO's scripts use 10. TRL's
+    `delta` bounds the ratio in the unclipped branch instead, which is the same from 1 + epsilon_high on.
 
     Args:
       clip_ratio_c: c > 1.

@@ -1,5 +1,7 @@
 """Stored outputs of released code: policy-gradient losses other than PPO's; see `golden_cases`."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 from golden_cases import BOTH, DOUBLE, TOLERANCE, Case, clip_range_of, close, make_test
@@ -7,6 +9,7 @@ from golden_test import check_policy_loss
 from toy import loss_and_gradient, rollouts, signals, update
 
 from jentropy import compose, normalisers, surrogates
+from jentropy.aliases import loss_type
 from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
 from jentropy.mechanisms.kl_reference import kl_reference
@@ -117,12 +120,57 @@ def check_trl_losses(golden, precision):
         close(gradient * scale, golden[f"grad__{key}"], 1e-12)
 
 
+def check_trl_settings(golden, precision):
+    """`entropy_trl_compute_loss*`: TRL's loss under its own settings, with the names of `aliases.loss_type`.
+
+    Accumulated over several micro-batches TRL divides by their number, or by the tokens of all of them. Settings with
+    the top-entropy mask are checked with its mechanism.
+    """
+    mask, dtype = golden["response_mask"] > 0, np.float64 if precision == "f64" else np.float32
+    nonempty = mask.any(axis=1).mean()
+    batch = rollouts(
+        mask,
+        logp_old=golden["old_log_prob"].astype(dtype),
+        token_data={"ref_log_prob": golden["ref_log_prob"].astype(dtype)},
+    )
+    scored = signals(batch, **{k: golden[v].astype(dtype) for k, v in SCORES.items()})
+    advantage = jnp.asarray(np.broadcast_to(golden["advantages"][:, None], mask.shape), dtype)
+    for name, hp in json.loads(str(golden["hparams"])).items():
+        if hp["loss_type"] in NOT_OURS or "top_entropy_quantile" in hp:
+            continue
+        cap = hp.get("epsilon_high") if hp["loss_type"] == "cispo" else None
+        kind = loss_type(hp["loss_type"], delta=hp.get("delta"), epsilon_high=cap, max_completion_length=32)
+        chain = compose.chain(
+            clip=clip_range(epsilon_low=0.2, epsilon_high=0.28),
+            kl=kl_reference(beta=hp.get("beta", 0.0), normaliser=kind.normaliser),
+        )
+        bonus = entropy_bonus(entropy_coef=hp.get("entropy_coef", 0.0))
+        plan = update(chain, scored, advantage)
+        value, gradient, _ = loss_and_gradient(
+            plan, scored, surrogate=kind.surrogate, normaliser=kind.normaliser, terms=chain.terms
+        )
+        entropy = np.asarray(update(bonus, scored, advantage).terms["entropy"])
+        steps = hp.get("current_gradient_accumulation_steps", 1)
+        scale = 1.0 / steps if kind.normaliser is normalisers.token_mean else nonempty / steps
+        entropy_scale = 1.0 / steps
+        if "n_items" in hp:
+            scale = entropy_scale = mask.sum() / hp["n_items"]
+        bonus_value = (entropy * np.where(mask, golden["entropies"], 0.0)).sum()
+        close(value * scale + bonus_value * entropy_scale, golden[f"{name}__loss_{precision}"], TOLERANCE[precision])
+        if precision == "f64":
+            close(gradient * scale, golden[f"{name}__grad_logp_f64"], TOLERANCE[precision])
+            close(entropy * entropy_scale, golden[f"{name}__grad_entropy_f64"], TOLERANCE[precision])
+
+
+SCORES = {"log_prob": "log_prob", "entropy": "entropies"}
+
 FAMILIES = {
     "base_pl_gspo_*": (check_gspo, DOUBLE),
     "base_pl_cispo_*": (check_cispo, DOUBLE),
     "entropy_verl_gspo_*": (check_verl_gspo, BOTH),
     "entropy_verl_cispo_*": (check_verl_cispo, BOTH),
     "base_trl_loss_*": (check_trl_losses, DOUBLE),
+    "entropy_trl_compute_loss*": (check_trl_settings, BOTH),
 }
 
 test_released_code = make_test(FAMILIES)
