@@ -57,10 +57,11 @@ def _scaled(logits: Array, temperature: Array | float, vocab_mask: Array | None)
     return jnp.where(legal, logits, 0.0) / scale, legal
 
 
-def _normalise(z: Array, legal: Array) -> _Softmax:
+def _normalise(z: Array, legal: Array, keep: Array | None = None) -> _Softmax:
+    """π over the legal ids; with `keep` `[..., V]` every id counts that many times."""
     shift = jax.lax.stop_gradient(jnp.max(jnp.where(legal, z, LOG_ZERO), axis=-1))
     shifted = jnp.where(legal, z - shift[..., None], 0.0)
-    weight = jnp.where(legal, jnp.exp(shifted), 0.0)
+    weight = jnp.where(legal, jnp.exp(shifted) if keep is None else keep * jnp.exp(shifted), 0.0)
     total = jnp.where(legal.any(-1), weight.sum(-1), 1.0)
     return _Softmax(legal, shifted, weight, shift, total)
 
@@ -117,13 +118,13 @@ def entropy(logits: Array, *, temperature: Array | float = 1.0, vocab_mask: Arra
 
 
 @jax.custom_jvp
-def _entropy(z: Array, legal: Array) -> Array:
-    pi = _normalise(z, legal)
+def _entropy(z: Array, legal: Array, keep: Array | None = None) -> Array:
+    pi = _normalise(z, legal, keep)
     return jnp.maximum(jnp.log(pi.total) - (pi.weight * pi.shifted).sum(-1) / pi.total, 0.0)
 
 
 @_entropy.defjvp
-def _entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _entropy_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     # log p + H = x - u / s: small where it should be, whereas log p and H cancel for a nearly uniform π.
     pi = _normalise(*primals)
     centred = pi.shifted - (pi.probability * pi.shifted).sum(-1)[..., None]
@@ -138,12 +139,83 @@ def varentropy(logits: Array, *, temperature: Array | float = 1.0, vocab_mask: A
     return (p * jnp.square(x - (p * x).sum(-1)[..., None])).sum(-1)
 
 
+class Nucleus(NamedTuple):
+    """Which ids of a row are kept, by weight: none below `low`, `share` of each below `high`, the rest whole. `[...]`.
+
+    `low` and `high` lie halfway between neighbouring weights, so that weights computed again, with other rounding, give
+    the same set.
+    """
+
+    low: Array
+    high: Array
+    share: Array
+
+    def keep(self, weight: Array) -> Array:
+        """How much of each id is kept, in [0, 1], `[..., V]`."""
+        low, high, share = (x[..., None] for x in self)
+        return jnp.where(weight < low, 0.0, jnp.where(weight < high, share, 1.0))
+
+
+def find_nucleus(weight: Array, mass: Array, *, released: bool = False) -> Nucleus:
+    """The most probable ids whose weights add up to `mass` of the whole.
+
+    The weight of the id that crosses the mass is found by bisection on the bits of the weights: as many sums over the
+    row as a float has bits, no sort, exact up to the rounding of sums.
+
+    Args:
+      weight: `[..., V]` float in [0, 1], proportional to the probability; 0 for illegal ids. No gradient.
+      mass: scalar in (0, 1], in the dtype of `weight`.
+      released: leave out the id that crosses the mass. Of ids tied with it, as many as stay below the mass are kept: of
+        each one the same share, so that the choice among them does not matter.
+    """
+    bits = jnp.finfo(weight.dtype).bits
+    key_dtype = jnp.dtype(f"int{bits}")
+    target = mass * weight.sum(-1)
+
+    def value(key: Array) -> Array:
+        return jax.lax.bitcast_convert_type(key, weight.dtype)
+
+    def refine(i: Array, prefix: Array) -> Array:
+        candidate = prefix | jnp.left_shift(jnp.ones((), key_dtype), jnp.asarray(bits - 3 - i, key_dtype))
+        enough = jnp.where(weight >= value(candidate)[..., None], weight, 0.0).sum(-1) >= target
+        return jnp.where(enough, candidate, prefix)
+
+    # Floats that are not negative are ordered like their bits, and weights up to 1 leave the two highest bits unset.
+    last = value(jax.lax.fori_loop(0, bits - 2, refine, jnp.zeros(target.shape, key_dtype)))
+    lower = jnp.max(weight, axis=-1, where=weight < last[..., None], initial=0.0)
+    low = _between(lower, last)
+    if not released:
+        return Nucleus(low, low, jnp.ones_like(low))
+    above = weight > last[..., None]
+    high = _between(last, jnp.min(weight, axis=-1, where=above, initial=jnp.inf))
+    num_ties = (weight == last[..., None]).sum(-1, dtype=weight.dtype)
+    share = _num_below(target, jnp.where(above, weight, 0.0).sum(-1), last, num_ties) / jnp.maximum(num_ties, 1.0)
+    return Nucleus(low, high, jnp.where(last > 0.0, share, 1.0))
+
+
+def _between(a: Array, b: Array) -> Array:
+    """The middle of a < b, or b if they are neighbours."""
+    middle = a + (b - a) / 2.0
+    return jnp.where(middle > a, middle, b)
+
+
+def _num_below(target: Array, start: Array, step: Array, num: Array) -> Array:
+    """The largest k < num with start + k · step < target, at least 0."""
+    k = jnp.floor((target - start) / jnp.where(step > 0.0, step, 1.0))
+    k = jnp.where(start + (k + 1.0) * step < target, k + 1.0, k)
+    k = jnp.where(start + k * step < target, k, k - 1.0)
+    return jnp.maximum(jnp.minimum(k, num - 1.0), 0.0)
+
+
+def _check_mass(mass: Array | float) -> None:
+    if isinstance(mass, int | float):
+        require(0.0 < mass <= 1.0, "mass", mass, "in (0, 1]")
+
+
 def nucleus_mask(
     logits: Array, mass: Array | float, *, temperature: Array | float = 1.0, vocab_mask: Array | None = None
 ) -> Array:
     """The smallest set of most probable ids whose probability is at least `mass`; ids tied with the last one are kept.
-
-    The threshold is found by bisection on the bits of the probabilities: no sort, exact up to the rounding of sums.
 
     Args:
       logits: `[..., V]` float, -inf allowed.
@@ -152,26 +224,12 @@ def nucleus_mask(
       vocab_mask: optional bool `[V]` or `[..., V]`.
 
     Returns:
-      bool `[..., V]`, without gradient; at least one legal id per row, never an illegal one.
+      bool `[..., V]`, without gradient; at least one legal id per row, never an illegal one. See `find_nucleus`.
     """
-    if isinstance(mass, int | float):
-        require(0.0 < mass <= 1.0, "mass", mass, "in (0, 1]")
+    _check_mass(mass)
     pi = _softmax(jax.lax.stop_gradient(logits), temperature, vocab_mask)
-    p = pi.probability
-    mass = jnp.asarray(mass, p.dtype)
-    key_dtype = jnp.int64 if p.dtype == jnp.float64 else jnp.int32
-    keys = jax.lax.bitcast_convert_type(p, key_dtype)  # order preserving for p >= 0
-    above_one = jax.lax.bitcast_convert_type(jnp.asarray(1.5, p.dtype), key_dtype)
-
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket  # the mass at or above low is enough, at or above high it is not
-        middle = low + (high - low) // 2
-        enough = jnp.where(keys >= middle[..., None], p, 0.0).sum(-1) >= mass
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    bracket = jnp.zeros(p.shape[:-1], key_dtype), jnp.full(p.shape[:-1], above_one)
-    low, _ = jax.lax.fori_loop(0, jnp.finfo(p.dtype).bits - 1, halve, bracket)
-    return (keys >= low[..., None]) & pi.legal
+    nucleus = find_nucleus(pi.weight, jnp.asarray(mass, pi.weight.dtype))
+    return ~(pi.weight < nucleus.low[..., None]) & pi.legal
 
 
 def nucleus_entropy(
@@ -188,12 +246,33 @@ def nucleus_entropy(
     Returns:
       `[...]`, nats, at least 0.
 
-    Reference: SIREN, arXiv 2509.25133. The released code leaves out the id that crosses the mass, so its set can be
-    empty; the renormalisation is the released code's.
+    Reference: SIREN, arXiv 2509.25133; the renormalisation is the released code's.
     """
     chex.assert_type(logits, float)
     keep = nucleus_mask(logits, mass, temperature=temperature, vocab_mask=vocab_mask)
     return entropy(logits, temperature=temperature, vocab_mask=keep)
+
+
+def nucleus_entropy_released(
+    logits: Array, mass: Array | float, *, temperature: Array | float = 1.0, vocab_mask: Array | None = None
+) -> Array:
+    """`nucleus_entropy` of the released code's set, which leaves out the id that crosses the mass.
+
+    If the most probable id alone has the mass, the set is empty: 0, with gradient 0. Ids tied with the crossing one are
+    kept as far as they stay below the mass; the gradient is the mean over the choices among them (the released code
+    takes those that its sort puts first). The released code adds 1e-12 to the sum of the set and inside the logarithm,
+    and looks no further than the 10,000 most probable ids.
+
+    Args and result as `nucleus_entropy`.
+
+    Reference: github.com/Linn3a/siren, `dp_actor.efficient_top_p_sampling`.
+    """
+    chex.assert_type(logits, float)
+    _check_mass(mass)
+    z, legal = _scaled(logits, temperature, vocab_mask)
+    weight = jax.lax.stop_gradient(_normalise(z, legal).weight)
+    keep = find_nucleus(weight, jnp.asarray(mass, weight.dtype), released=True).keep(weight)
+    return _entropy(z, legal & ~(keep <= 0.0), keep)
 
 
 def kl(logits_p: Array, logits_q: Array, *, temperature: Array | float = 1.0, vocab_mask: Array | None = None) -> Array:

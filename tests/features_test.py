@@ -210,9 +210,41 @@ def test_nucleus_agrees_with_sorting(mass):
         np.testing.assert_allclose(entropy, expected, atol=1e-13)
 
 
-def test_nucleus_mass_is_checked():
+@jax.jit
+def _released(z, mass):
+    entropy, vjp = jax.vjp(lambda z: features.nucleus_entropy_released(z, mass), z)
+    return entropy, vjp(jnp.ones_like(entropy))[0]
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.5, 0.8, 0.95])
+def test_released_nucleus_drops_the_id_that_crosses_the_mass(mass):
+    with jax.enable_x64(True):
+        z = np.concatenate([s * np.random.default_rng(1).standard_normal((5, 40)) for s in (0.1, 1.0, 4.0)])
+        z[0], z[1, :30] = 0.0, 2.0  # ties: as many as stay below the mass
+        entropy, grad = (np.asarray(x) for x in _released(z, mass))
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    sizes = [np.sum(np.cumsum(np.sort(row)[::-1]) < mass - 1e-12) for row in p]
+    kept = [np.sort(row)[::-1][:size] for row, size in zip(p, sizes)]
+    expected = [-np.sum(q / q.sum() * np.log(q / q.sum())) for q in kept]
+    np.testing.assert_allclose(entropy, expected, atol=1e-13)
+    np.testing.assert_allclose(grad.sum(1), 0.0, atol=1e-13)
+    empty = np.array(sizes) == 0
+    assert mass > 0.5 or empty.any()
+    assert not entropy[empty].any() and not grad[empty].any()
+    outside = p < np.array([q[-1] if q.size else 1.0 for q in kept])[:, None]
+    assert not grad[outside & (np.arange(15) > 1)[:, None]].any()
+
+
+def test_nucleus_keeps_nan():
+    z = jnp.array([[0.0, jnp.nan, 1.0], [0.0, 0.5, 1.0]])
+    for function in (features.nucleus_entropy, features.nucleus_entropy_released):
+        np.testing.assert_array_equal(np.isnan(function(z, 0.9)), [True, False])
+
+
+@pytest.mark.parametrize("function", [features.nucleus_entropy, features.nucleus_entropy_released])
+def test_nucleus_mass_is_checked(function):
     with pytest.raises(ValueError, match=r"mass.*1\.5"):
-        features.nucleus_entropy(jnp.zeros((1, 3)), 1.5)
+        function(jnp.zeros((1, 3)), 1.5)
 
 
 logits_strategy = st.builds(
@@ -237,18 +269,17 @@ def _random_logits(seed, scale, offset, illegal, ties):
 @jax.jit
 def _all(z):
     tokens = jnp.full(z.shape[:1], 5)
-    nucleus = features.nucleus_entropy(z, 0.8)
-    return features.entropy(z), features.log_prob(z, tokens), features.varentropy(z), nucleus
+    nucleus = features.nucleus_entropy(z, 0.8), features.nucleus_entropy_released(z, 0.8)
+    return features.entropy(z), features.log_prob(z, tokens), features.varentropy(z), *nucleus
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 @hypothesis.given(logits_strategy)
 def test_bounds(z):
-    entropy, log_prob, varentropy, nucleus = _all(z)
+    entropy, log_prob, varentropy, nucleus, released = _all(z)
     upper = np.log(np.isfinite(z).sum(1)) + 1e-5
-    for value in (entropy, nucleus):
-        assert (np.asarray(value) >= 0).all() and (np.asarray(value) <= upper).all()
-    assert (np.asarray(nucleus) <= np.asarray(entropy) + 1e-5).all()
+    for value, bound in ((entropy, upper), (nucleus, entropy), (released, nucleus)):
+        assert (np.asarray(value) >= 0).all() and (np.asarray(value) <= np.asarray(bound) + 1e-5).all()
     assert (np.asarray(log_prob) <= 0).all() and np.isfinite(log_prob).all() and (np.asarray(varentropy) >= 0).all()
 
 

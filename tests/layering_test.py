@@ -19,7 +19,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     0: ("base",),
     1: (
         *("stats", "head", "features", "vocabulary", "ratios", "outcome", "compose", "normalisers", "evaluation"),
-        *("tree", "temperature_control"),
+        *("tree", "temperature_control", "nucleus"),
     ),
     2: (
         *("advantages", "mechanisms", "surrogates"),
