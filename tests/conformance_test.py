@@ -20,8 +20,10 @@ import pytest
 
 import jentropy
 from jentropy import normalisers, surrogates
+from jentropy.advantages.gdpo import gdpo
 from jentropy.advantages.grpo import grpo
 from jentropy.advantages.opo import opo
+from jentropy.advantages.qae import qae
 from jentropy.advantages.raft import raft, reinforce_rej
 from jentropy.advantages.reinforce import reinforce
 from jentropy.advantages.reinforce_pp import reinforce_pp, reinforce_pp_baseline
@@ -68,10 +70,16 @@ INF = float("inf")
 
 METHODS: dict[str, Case] = {
     # Advantage estimators.
+    "gdpo": Case(gdpo, {"epsilon": 1e-3, "reward_weights": (1.0, 0.3)}),
+    "gdpo/token": Case(gdpo, {"final_norm": "token", "reward_weights": (1.0, 0.3)}),
+    "gdpo/none": Case(gdpo, {"final_norm": "none", "reward_weights": (1.0, 0.3)}),
     "grpo": Case(grpo, {"epsilon": 1e-4, "reward_weights": (1.0, 0.3)}),
     "grpo/batch": Case(grpo, {"scale_rewards": "batch", "epsilon": 1e-4}),
     "grpo/none": Case(grpo, {"scale_rewards": "none", "reward_weights": (1.0, 0.3)}),
     "grpo/raw": Case(grpo, {"singleton": "raw", "epsilon": 1e-4}),
+    "qae": Case(qae, {"quantile_k": 0.3, "reward_weights": (1.0, 0.3)}),
+    "qae/linear": Case(qae, {"baseline": "linear", "scale_rewards": "group", "epsilon": 1e-4}),
+    "qae/lower": Case(qae, {"baseline": "lower", "quantile_k": 0.7}),
     "reinforce": Case(reinforce, {"reward_weights": (1.0, 0.3)}),
     "reinforce/batch_mean": Case(reinforce, {"baseline": "batch_mean", "reward_weights": (1.0, 0.3)}),
     "rloo": Case(rloo, {"reward_weights": (1.0, 0.3)}),
