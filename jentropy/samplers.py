@@ -241,7 +241,7 @@ def e3_temperature(
 
     H_k is the mean token entropy of rollout k at T_k; T_1 is the objective's temperature. The first `init_steps`
     rollouts change nothing: H* is the mean of their entropies, unless it is given. In the last `annealing_ratio` of
-    `num_steps` rollouts a cosine takes H* down to `annealing_factor` times its value.
+    `num_steps` rollouts (none, if that is less than one) a cosine takes H* down to `annealing_factor` times its value.
 
     The bounds and `min_entropy` are ours: the released code has none, and its temperature grows without limit once the
     entropy no longer follows it. None, None and 0 are the released form. After `num_steps` rollouts the target stays,
@@ -273,7 +273,7 @@ def e3_temperature(
     require(low is None or high is None or low <= high, "low", low, f"at most high = {high}")
     require(0.0 <= min_entropy < float("inf"), "min_entropy", min_entropy, "finite and at least 0")
     annealed = 0 if num_steps is None else int(num_steps * annealing_ratio)
-    begin = np.iinfo(np.int32).max if num_steps is None else num_steps - annealed
+    begin = (num_steps or 0) - annealed if annealed else np.iinfo(np.int32).max
     ints = {"step": 0, "init_steps": init_steps, "begin": begin, "span": max(annealed, 1)}
     floats = {
         "temperature": 0.0,

@@ -10,6 +10,7 @@ import pytest
 from jentropy import base, features
 from jentropy.policy import TransformerConfig, transformer
 from jentropy.rollout import sample
+from jentropy.samplers import combine, compiled_part, e3_temperature, entropy_temperature, plain, top_k, top_p
 
 CONFIG = TransformerConfig(
     vocab_size=9, width=16, num_layers=1, num_heads=4, num_kv_heads=2, head_size=4, mlp_width=24, rope_theta=100.0
@@ -38,7 +39,7 @@ def make_prompts():
 
 
 @functools.partial(
-    jax.jit, static_argnames=("policy", "num_generations", "max_new_tokens", "eos_id", "pad_id", "greedy")
+    jax.jit, static_argnames=("policy", "num_generations", "max_new_tokens", "eos_id", "pad_id", "greedy", "sampler")
 )
 def run(policy, params, prompts, length, row_id, key, **options):
     return sample(policy, params, prompts, length, row_id, key, **options)
@@ -53,8 +54,14 @@ def run_small(prompts=None, length=LENGTH, row_id=None, seed=0, **options):
     return run(policy, make_params(), prompts, length, row_id, jax.random.key(seed), eos_id=EOS, pad_id=PAD, **options)
 
 
+def using(sampler):
+    """The options of a sampler; those that differ in numbers share a compilation."""
+    return {"sampler": compiled_part(sampler), "sampler_state": sampler.init()}
+
+
 def rescore(samples, temperature=1.0, vocab_mask=None):
     """Log-probability and entropy `[B, T]` from the full forward pass, 0 outside the response."""
+    temperature = samples.temperature[:, 1:] if samples.temperature is not None else temperature
     logits = make_logits(samples.tokens)[:, :-1]
     log_prob = features.log_prob(logits, samples.tokens[:, 1:], temperature=temperature, vocab_mask=vocab_mask)
     entropy = features.entropy(logits, temperature=temperature, vocab_mask=vocab_mask)
@@ -223,6 +230,99 @@ def test_one_compilation_serves_every_temperature_and_key():
     before = run._cache_size()
     run_small(temperature=jnp.float32(0.7))
     run_small(temperature=jnp.float32(1.3), seed=4)
+    assert run._cache_size() == before
+
+
+# Samplers.
+
+ENTROPY = combine(entropy=entropy_temperature(high=1.6, low=0.7, threshold=2.05), top_p=top_p(p=0.8))
+
+
+def test_the_plain_sampler_is_the_default():
+    jax.tree.map(np.testing.assert_array_equal, run_small(**using(plain())), run_small())
+    assert run_small().temperature is None
+    jax.tree.map(np.testing.assert_array_equal, run_small(**using(top_p(p=1.0))), run_small())
+
+
+def test_each_token_has_the_temperature_of_its_own_entropy():
+    samples = run_small(**using(ENTROPY))
+    mask = np.asarray(samples.response_mask)
+    raw = features.entropy(make_logits(samples.tokens)[:, :-1])
+    wanted = jnp.pad(jnp.where(raw >= 2.05, 1.6, 0.7), ((0, 0), (1, 0)))
+    np.testing.assert_array_equal(samples.temperature, np.where(mask, wanted, 1.0).astype(np.float32))
+    assert set(np.asarray(samples.temperature)[mask].tolist()) == {float(np.float32(1.6)), float(np.float32(0.7))}
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_log_prob_and_entropy_are_at_the_temperature_of_the_token(greedy):
+    samples = run_small(greedy=greedy, temperature=jnp.float32(1.3), **using(ENTROPY))
+    log_prob, entropy = rescore(samples)
+    np.testing.assert_allclose(samples.log_prob, log_prob, atol=1e-5)
+    np.testing.assert_allclose(samples.entropy, entropy, atol=1e-5)
+
+
+def test_barred_tokens_do_not_count_for_a_sampler():
+    allowed = jnp.array([True, False, True, False, True, False, True, False, True])
+    samples = run_small(vocab_mask=allowed, **using(ENTROPY))
+    raw = features.entropy(make_logits(samples.tokens)[:, :-1], vocab_mask=allowed)
+    mask = np.asarray(samples.response_mask)
+    assert set(np.asarray(samples.tokens)[mask].tolist()) <= {0, 2, 4, 6, 8}
+    assert raw.max() < 2.05 and np.all(np.asarray(samples.temperature)[mask] == np.float32(0.7))
+    np.testing.assert_allclose(samples.log_prob, rescore(samples, vocab_mask=allowed)[0], atol=1e-5)
+
+
+def test_order_and_padding_change_no_draw_of_a_sampler():
+    samples, order, rows = run_small(**using(ENTROPY)), np.array([2, 0, 3, 1]), np.arange(12).reshape(4, 3)
+    ids = jnp.asarray(rows[order].reshape(-1), jnp.int32)
+    permuted = run_small(make_prompts()[order], LENGTH[order], ids, **using(ENTROPY))
+    for name in ("tokens", "temperature"):
+        np.testing.assert_array_equal(getattr(permuted, name), getattr(samples, name)[ids])
+    wide = run_small(jnp.pad(make_prompts(), ((0, 0), (0, 3)), constant_values=1), **using(ENTROPY))
+    np.testing.assert_array_equal(wide.tokens[:, :11], samples.tokens)
+    np.testing.assert_array_equal(wide.temperature[:, :11], samples.temperature)
+    assert np.all(np.asarray(wide.temperature)[:, 11:] == 1.0)
+
+
+def chi_square(observed, probability):
+    """Pearson's statistic over the entries of positive probability; all others must not occur."""
+    assert not observed[probability == 0.0].any()
+    expected = probability * observed.sum()
+    return ((observed - expected)[probability > 0] ** 2 / expected[probability > 0]).sum()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "temperature", "kept"),
+    [
+        (plain(), 1.0, 6),
+        (top_k(k=3), 1.0, 3),
+        (top_p(p=0.75), 1.0, 3),  # .39 + .23 + .16 are the first three, .62 is not enough
+        (top_p(p=0.75), 0.5, 2),  # .63 + .23 at this temperature
+        (entropy_temperature(high=0.5, low=9.0, threshold=1.0), 0.5, 6),
+        (combine(low=entropy_temperature(high=9.0, low=0.5, threshold=1.7), p=top_p(p=0.75)), 0.5, 2),
+        (combine(k=top_k(k=4), p=top_p(p=0.8)), 1.0, 3),  # of the first four, which hold .88, the first three
+    ],
+)
+def test_draws_have_the_truncated_distribution(sampler, temperature, kept):
+    """Pearson's chi-square of 20,000 draws at a fixed seed: 20.5 is its .999 quantile for 5 degrees of freedom."""
+    table = np.tile(np.array([1.0, 0.5, 0.1, -0.5, -1.0, -1.5]), (6, 1))
+    whole = np.exp(table[0] / temperature) / np.exp(table[0] / temperature).sum()
+    order = np.argsort(-whole)[:kept]
+    truncated = np.zeros(6)
+    truncated[order] = whole[order] / whole[order].sum()
+    own = temperature if sampler.temperature is None else 1.0
+    samples = run_markov(markov(table), 20_000, temperature=own, max_new_tokens=1, **using(sampler))
+    drawn = np.asarray(samples.tokens)[:, 1]
+    assert chi_square(np.bincount(drawn, minlength=6), truncated) < 20.5
+    np.testing.assert_allclose(samples.log_prob[:, 1], np.log(whole)[drawn], rtol=1e-5)  # truncation does not enter
+    np.testing.assert_allclose(samples.entropy[:, 1], -(whole * np.log(whole)).sum(), rtol=1e-5)
+
+
+def test_one_compilation_serves_every_setting_of_a_sampler():
+    run_small(**using(e3_temperature(vocab_size=9)))
+    run_small(**using(ENTROPY))
+    before = run._cache_size()
+    run_small(**using(e3_temperature(vocab_size=30, target=0.5, low=None)))
+    run_small(**using(combine(entropy=entropy_temperature(high=1.0, low=2.0, threshold=0.1), top_p=top_p(p=0.2))))
     assert run._cache_size() == before
 
 
