@@ -113,16 +113,22 @@ def chain_sum_task(*, data_dir: str | os.PathLike | None = None, reward: str = "
 
     Args:
       data_dir: folder of the datasets; None for `storage.default_data_dir()`.
-      reward: "device" or "text"; both give the same rewards.
+      reward: "device" or "text": the correct answer; "device+chain" or "text+chain": besides, as a second reward, the
+        legal chain. See `rewards/chain_sum.py`; graders of tokens and of text give the same rewards.
     """
-    graders = {"device": chain_sum_rewards.DEVICE_REWARD, "text": chain_sum_rewards.TEXT_REWARD}
+    graders = {
+        "device": (chain_sum_rewards.DEVICE_REWARD,),
+        "text": (chain_sum_rewards.TEXT_REWARD,),
+        "device+chain": (chain_sum_rewards.DEVICE_REWARD, chain_sum_rewards.LEGAL_DEVICE_REWARD),
+        "text+chain": (chain_sum_rewards.TEXT_REWARD, chain_sum_rewards.LEGAL_TEXT_REWARD),
+    }
     base.require(reward in graders, "reward", reward, f"one of {list(graders)}")
     return Task(
         name="chain_sum",
         tokenizer=chain_sum.TOKENIZER,
         prompt_columns=chain_sum.PROMPT_LENGTH,
         max_new_tokens=chain_sum.RESPONSE_LENGTH,
-        rewards=(graders[reward],),
+        rewards=graders[reward],
         difficulty_field="num_digits",
         difficulties=chain_sum.NUM_DIGITS,
         split_arrays=chain_sum.split_arrays,

@@ -1,9 +1,16 @@
-"""Graders of chained addition (`data/chain_sum.py`): the digit right before the first end of sequence is the answer.
+"""Graders of chained addition (`data/chain_sum.py`), each for token arrays and, with the same rewards, for text.
 
-A response without an end, or with fewer than two tokens before it, scores 0. The steps are not checked. Both graders
-give the same rewards.
+Correct: the digit right before the first end of sequence is the answer. A response without an end, or with fewer than
+two tokens before it, scores 0. The steps are not checked.
+
+Legal chain: the response to n digits is `S`, n - 1 digits and the end, nothing less or more, and every digit before the
+last is the right running sum. The last one is the answer, which is the other grader's affair: so either reward may be
+had without the other, a right guess without the chain (1, 0) and a chain that slips at its end (0, 1). For n = 2 there
+is no step before the answer.
 """
 
+import itertools
+import re
 from collections.abc import Mapping
 
 import chex
@@ -12,6 +19,9 @@ import jax.numpy as jnp
 from jentropy.base import Array
 from jentropy.data.tokenizer import CHAIN_SUM
 from jentropy.rewards.base import DeviceReward, TextReward
+
+_STEPS = int(CHAIN_SUM.encode("S")[0])
+_LONGEST = 7  # tokens of the longest legal chain, that of six digits
 
 
 def correct_tokens(tokens: Array, response_mask: Array, fields: Mapping[str, Array]) -> Array:
@@ -45,5 +55,51 @@ def correct_text(prompts: list[str], completions: list[str], *, answer: list[int
     ]
 
 
+def legal_chain_tokens(tokens: Array, response_mask: Array, fields: Mapping[str, Array]) -> Array:
+    """1 where the response is a legal chain, else 0.
+
+    Args:
+      tokens: `[B, T]` int32; the digits of the prompt stand in the first columns.
+      response_mask: `[B, T]` bool, contiguous in each row; of other columns only the prompt's digits are read.
+      fields: `num_digits` `[B]` int32, in 2..6.
+
+    Returns:
+      `[B]` float32.
+    """
+    num_digits = fields["num_digits"][:, None]
+    chex.assert_rank([tokens, response_mask, num_digits], 2)
+    chex.assert_equal_shape([tokens, response_mask])
+    place = jnp.arange(_LONGEST, dtype=jnp.int32)[None, :]
+    column = jnp.argmax(response_mask, axis=1).astype(jnp.int32)[:, None] + place
+    there, column = column < tokens.shape[1], jnp.minimum(column, tokens.shape[1] - 1)
+    there &= jnp.take_along_axis(response_mask, column, axis=1)
+    token = jnp.take_along_axis(tokens, column, axis=1)
+    digits = jnp.where(place < num_digits, tokens[:, :_LONGEST], 0)
+    right = jnp.cumsum(digits, axis=1, dtype=digits.dtype) % 10  # at k the sum of the first k + 1 digits
+    right = jnp.where(place == 0, _STEPS, jnp.where(place == num_digits, CHAIN_SUM.eos_id, right))
+    is_digit = (token >= 0) & (token <= 9)
+    fits = there & jnp.where(place == num_digits - 1, is_digit, token == right)
+    return jnp.all(fits | (place > num_digits), axis=1).astype(jnp.float32)
+
+
+def legal_chain_text(
+    prompts: list[str], completions: list[str], *, num_digits: list[int], **fields: list
+) -> list[float]:
+    """The same of texts: one character per token, `|` ends a response."""
+    del fields
+    return [
+        float(bool(re.match(rf"S{_steps(prompt[:n])}[0-9]{re.escape(CHAIN_SUM.eos)}", completion)))
+        for prompt, completion, n in zip(prompts, completions, num_digits)
+    ]
+
+
+def _steps(digits: str) -> str:
+    """The running sums of all digits but the first and the last; of `"345"` that is `"7"`."""
+    sums = itertools.accumulate(int(digit) for digit in digits)
+    return "".join(str(value % 10) for value in sums)[1:-1]
+
+
 DEVICE_REWARD = DeviceReward("chain_sum", correct_tokens)
 TEXT_REWARD = TextReward("chain_sum", correct_text)
+LEGAL_DEVICE_REWARD = DeviceReward("legal_chain", legal_chain_tokens)
+LEGAL_TEXT_REWARD = TextReward("legal_chain", legal_chain_text)

@@ -26,6 +26,16 @@ def test_tasks_are_values():
     assert task.chain_sum_task(reward="text") != task.chain_sum_task(reward="device")
 
 
+def test_rewards_by_name():
+    names = {
+        option: [reward.name for reward in task.chain_sum_task(reward=option).rewards]
+        for option in ("device", "text", "device+chain", "text+chain")
+    }
+    both = ["chain_sum", "legal_chain"]
+    assert names == {"device": both[:1], "text": both[:1], "device+chain": both, "text+chain": both}
+    assert task.chain_sum_task().rewards == task.chain_sum_task(reward="device").rewards
+
+
 def test_unknown_reward_and_prefix():
     with pytest.raises(ValueError, match=r"reward must be one of .* got 'host'"):
         task.chain_sum_task(reward="host")
