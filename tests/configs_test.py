@@ -125,11 +125,13 @@ def test_both_stages_of_a_shift_run_the_same_program():
         assert before == after
 
 
-def test_the_shift_configs_share_one_warm_start():
-    mesh = make_mesh(MeshShape())
-    names = {warm_start_name(load(path.stem), mesh) for path in PATHS if path.stem.startswith("shift_")}
-    assert len(names) == 1
-    assert warm_start_name(load("law_grpo"), mesh) not in names
+def test_the_shift_configs_of_one_task_share_one_warm_start():
+    mesh, names = make_mesh(MeshShape()), {}
+    for config in (load(path.stem) for path in PATHS if path.stem.startswith("shift_")):
+        names.setdefault(config_lib.build(config.task), set()).add(warm_start_name(config, mesh))
+    assert sorted(len(task.rewards) for task in names) == [1, 2]
+    assert all(len(found) == 1 for found in names.values())
+    assert warm_start_name(load("law_grpo"), mesh) not in set.union(*names.values())
 
 
 def test_the_quickstart_runs_configs_of_this_folder_with_the_other_methods_switched_off():
