@@ -289,7 +289,8 @@ def rollout_metrics(rows: Rollouts, scores: Quantities, advantage: Array) -> Met
 
     `actor/entropy` is the mean over tokens of the full-vocabulary entropy at the sampling temperature (verl, TRL);
     `entropy/sequence_mean` averages each response first (arXiv 2505.22617, the x axis of the law). `cov/mean` is the
-    token covariance of log-probability and advantage over the rollout.
+    token covariance of log-probability and advantage over the rollout. `critic/score/mean` is the mean over valid rows
+    of the sum of their rewards (verl). Lengths are those before overlong filtering.
     """
     mask, one = rows.loss_mask, jnp.ones((), advantage.dtype)
     tokens, lengths = stats.masked_sum(mask.astype(advantage.dtype), mask), jnp.sum(mask, axis=1)
@@ -299,8 +300,7 @@ def rollout_metrics(rows: Rollouts, scores: Quantities, advantage: Array) -> Met
     mismatch = jnp.where(mask, jnp.abs(rows.logp_old - rows.logp_sampler), 0.0)
     num_rows = jnp.sum(nonempty).astype(advantage.dtype)
     sampled = rows.row_data.get("response_length", lengths)
-    valid = rows.row_data["is_valid"][:, None] if "is_valid" in rows.row_data else jnp.ones_like(rows.rewards, bool)
-    rewards = jnp.where(valid, rows.rewards, 0.0)
+    rewards = jnp.where(outcome.valid_rewards(rows), rows.rewards, 0.0)
     return {
         "actor/entropy": (jnp.sum(entropy), tokens),
         "entropy/sequence_mean": (jnp.sum(jnp.where(nonempty, per_row, 0.0)), num_rows),
@@ -308,7 +308,7 @@ def rollout_metrics(rows: Rollouts, scores: Quantities, advantage: Array) -> Met
         "sampler/logp_diff_max": (jnp.max(mismatch), one),
         "sampler/logp_diff_relative": (jnp.max(mismatch / jnp.maximum(jnp.abs(rows.logp_old), 1.0)), one),
         "sampler/logp_diff_mean": (jnp.sum(mismatch), tokens),
-        "critic/score/mean": (jnp.sum(rewards), jnp.sum(valid & jnp.ones_like(rewards, bool)).astype(rewards.dtype)),
+        "critic/score/mean": (jnp.sum(rewards), jnp.sum(outcome.valid_rows(rows), dtype=rewards.dtype)),
         "response_length/mean": (jnp.sum(sampled).astype(advantage.dtype), one * mask.shape[0]),
         "response_length/max": (jnp.max(sampled).astype(advantage.dtype), one),
         "response_length/min": (jnp.min(sampled).astype(advantage.dtype), one),

@@ -106,6 +106,8 @@ def test_every_group_of_every_rollout_varies(finished):
         assert line["dynamic/num_gen_prompts"] == GROUPS * line["dynamic/rounds"]
         assert line["dynamic/kept_fraction"] * line["dynamic/num_gen_prompts"] >= GROUPS - 1e-6
         assert line["dynamic/score/mean"] < line["rewards/0/mean"]
+        total = line["rewards/0/mean"] + line["rewards/1/mean"]
+        assert line["critic/score/mean"] == pytest.approx(total) == pytest.approx(line["critic/rewards/mean"])
     assert max(line["dynamic/rounds"] for line in lines) > 3
 
 
