@@ -31,12 +31,14 @@ from jentropy.advantages.remax import remax
 from jentropy.advantages.rloo import rloo
 from jentropy.base import Estimator, Mechanism, Rollouts, Signals
 from jentropy.compose import chain
+from jentropy.mechanisms.ce_gppo import ce_gppo
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
 from jentropy.mechanisms.importance_correction import importance_correction, rejection
 from jentropy.mechanisms.kl_cov import kl_cov
 from jentropy.mechanisms.kl_reference import kl_reference
+from jentropy.mechanisms.steer import steer
 from jentropy.train.optimizer import AdamW
 from jentropy.train.scoring import from_micro, to_micro
 from jentropy.train.step import StepSpec, loss, plan_update
@@ -99,8 +101,9 @@ METHODS: dict[str, Case] = {
         reinforce_pp_baseline, {"whiten_unit": "sequence", "drop_degenerate": True, "reward_weights": (1.0, 0.3)}
     ),
     "reinforce_pp_baseline/raw": Case(reinforce_pp_baseline, {"singleton": "raw", "reward_weights": (1.0, 0.3)}),
-    "remax": Case(remax, {"reward_weights": (1.0, 0.3)}),
+    "remax": Case(remax, {}),
     # Mechanisms.
+    "ce_gppo": Case(ce_gppo, {"beta1": 0.5, "beta2": 0.8}, {"beta1": 0.0, "beta2": 0.0}),
     "clip_cov": Case(clip_cov, {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.1, "clip_cov_ub": 9.0}, {"clip_cov_ratio": 0}),
     "clip_range": Case(clip_range, {"epsilon_low": 0.3, "epsilon_high": 0.5}, {"epsilon_low": 1, "epsilon_high": INF}),
     "entropy_bonus": Case(entropy_bonus, {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
@@ -119,6 +122,9 @@ METHODS: dict[str, Case] = {
     "kl_reference/k3": Case(kl_reference, {"beta": 0.1, "estimator": "k3"}, {"beta": 0.0}),
     "kl_reference/k3+": Case(kl_reference, {"beta": 0.1, "estimator": "k3+"}, {"beta": 0.0}),
     "kl_reference/full": Case(kl_reference, {"beta": 0.1, "estimator": "full"}, {"beta": 0.0}),
+    "steer": Case(steer, {"weight_min": 0.5, "weight_max": 1.5}, {"weight_min": 1.0, "weight_max": 1.0}),
+    "steer/exponential": Case(steer, {"weight_min": 0.5, "weight_max": 1.5, "mapping": "exponential",
+                              "mode": "asymmetric"}, {"weight_min": 1.0}),
     # Surrogates.
     "ratio": Case(surrogates.ratio),
     "dual_clip": Case(surrogates.dual_clip, {"clip_ratio_c": 1.5}, {"clip_ratio_c": 1e9}),
