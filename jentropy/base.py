@@ -122,7 +122,9 @@ class Output(NamedTuple):
     """A per-token quantity `[B, T]` that the policy's forward pass provides.
 
     `name` is one of `log_prob`, `entropy`, `log_normaliser`, `reference_kl` (D_KL(π || reference)),
-    `reference_forward_kl` (D_KL(reference || π)), `nucleus_entropy` (argument: the probability mass).
+    `reference_forward_kl` (D_KL(reference || π)), `nucleus_entropy` (argument: the probability mass p in (0, 1]; entropy
+    of the renormalised smallest set of most probable ids that holds p), `nucleus_entropy_released` (the same without
+    the id that crosses p; 0 for an empty set).
     """
 
     name: str
@@ -171,13 +173,14 @@ class Estimator(NamedTuple):
     """An advantage estimator, at rollout scope: it sees all rows of one rollout.
 
     Attributes:
-      init: `() -> State`.
+      init: `(weights of the task's reward columns, or None: all 1) -> State`; the argument may be left out. Weights
+        given to the estimator's factory come first.
       estimate: `(rollouts, state) -> (advantage [B, T], token_data to add, metrics, state)`.
       min_group_size: the smallest group it is defined for; checked when the objective is built.
       requires: as in `Mechanism`.
     """
 
-    init: Callable[[], State]
+    init: Callable[..., State]
     estimate: Callable[[Rollouts, State], tuple[Array, Mapping[str, Array], Metrics, State]]
     min_group_size: int = 1
     requires: tuple[str, ...] = ()

@@ -11,9 +11,10 @@ SAME_ADVANTAGE = 1e-5
 """Fraction of a group's largest advantage below which a difference of two of its advantages is rounding."""
 
 
-def weights_state(reward_weights: tuple[float, ...] | None) -> Array:
-    """The weights as an array `[R]`, or the scalar 1 for None: all rewards weigh 1."""
-    return hyper(1.0) if reward_weights is None else jnp.asarray(reward_weights, hyper(0.0).dtype)
+def weights_state(reward_weights: tuple[float, ...] | None, task_weights: tuple[float, ...] | None = None) -> Array:
+    """The weights as an array `[R]`: a method's own or, for None, those of the task; the scalar 1 if both are None."""
+    weights = task_weights if reward_weights is None else reward_weights
+    return hyper(1.0) if weights is None else jnp.asarray(weights, hyper(0.0).dtype)
 
 
 def valid_rows(rollouts: Rollouts) -> Array:

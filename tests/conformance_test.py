@@ -31,14 +31,18 @@ from jentropy.advantages.remax import remax
 from jentropy.advantages.rloo import rloo
 from jentropy.base import Estimator, Mechanism, Rollouts, Signals
 from jentropy.compose import chain
+from jentropy.mechanisms.adaptive_entropy import adaptive_entropy
 from jentropy.mechanisms.ce_gppo import ce_gppo
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
+from jentropy.mechanisms.entropy_advantage import entropy_advantage
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
 from jentropy.mechanisms.importance_correction import importance_correction, rejection
 from jentropy.mechanisms.kl_cov import kl_cov
 from jentropy.mechanisms.kl_reference import kl_reference
+from jentropy.mechanisms.semantic_entropy import semantic_entropy
 from jentropy.mechanisms.steer import steer
+from jentropy.mechanisms.top_entropy import top_entropy
 from jentropy.train.optimizer import AdamW
 from jentropy.train.scoring import from_micro, to_micro
 from jentropy.train.step import StepSpec, loss, plan_update
@@ -103,10 +107,17 @@ METHODS: dict[str, Case] = {
     "reinforce_pp_baseline/raw": Case(reinforce_pp_baseline, {"singleton": "raw", "reward_weights": (1.0, 0.3)}),
     "remax": Case(remax, {}),
     # Mechanisms.
+    "adaptive_entropy": Case(adaptive_entropy, {"entropy_coef_init": 0.1, "entropy_coef_max": 0.2},
+                             {"entropy_coef_init": 0.0, "entropy_coef_max": 0.0}),
+    "adaptive_entropy/trl": Case(adaptive_entropy, {"rule": "trl", "entropy_estimate": "sampled",
+                                 "entropy_target": "first_batch", "target_fraction": 0.5}),
     "ce_gppo": Case(ce_gppo, {"beta1": 0.5, "beta2": 0.8}, {"beta1": 0.0, "beta2": 0.0}),
     "clip_cov": Case(clip_cov, {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.1, "clip_cov_ub": 9.0}, {"clip_cov_ratio": 0}),
     "clip_range": Case(clip_range, {"epsilon_low": 0.3, "epsilon_high": 0.5}, {"epsilon_low": 1, "epsilon_high": INF}),
+    "entropy_advantage": Case(entropy_advantage, {"entropy_adv_alpha": 0.2, "entropy_adv_kappa": 3.0},
+                              {"entropy_adv_alpha": 0.0}),
     "entropy_bonus": Case(entropy_bonus, {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
+    "entropy_bonus/schedule": Case(entropy_bonus, {"entropy_coef": lambda k: jnp.where(k == 3, 0.1, 0.0)}, {"entropy_coef": 0}),
     "importance_correction": Case(importance_correction, {"rollout_is_threshold": 1.3, "lower": 0.6},
                                   {"rollout_is_threshold": 1.0, "lower": 1.0}),
     "importance_correction/mask": Case(importance_correction, {"level": "sequence_mean", "mode": "mask", "lower": 0.8,
@@ -122,9 +133,21 @@ METHODS: dict[str, Case] = {
     "kl_reference/k3": Case(kl_reference, {"beta": 0.1, "estimator": "k3"}, {"beta": 0.0}),
     "kl_reference/k3+": Case(kl_reference, {"beta": 0.1, "estimator": "k3+"}, {"beta": 0.0}),
     "kl_reference/full": Case(kl_reference, {"beta": 0.1, "estimator": "full"}, {"beta": 0.0}),
+    "semantic_entropy": Case(semantic_entropy, {"semantic_entropy_alpha": 0.7}, {"semantic_entropy_alpha": 0.0}),
+    "semantic_entropy/shannon": Case(semantic_entropy, {"estimator": "shannon", "form": "exponential",
+                                     "unparsed": "shared"}, {"semantic_entropy_alpha": 0.0}),
+    "semantic_entropy/mc": Case(semantic_entropy, {"estimator": "mc", "form": "focal", "length_normalised": True},
+                                {"semantic_entropy_alpha": 0.0}),
     "steer": Case(steer, {"weight_min": 0.5, "weight_max": 1.5}, {"weight_min": 1.0, "weight_max": 1.0}),
     "steer/exponential": Case(steer, {"weight_min": 0.5, "weight_max": 1.5, "mapping": "exponential",
                               "mode": "asymmetric"}, {"weight_min": 1.0}),
+    "top_entropy": Case(top_entropy, {"top_entropy_quantile": 0.3}, {"top_entropy_quantile": 1.0}),
+    "top_entropy/quantile": Case(top_entropy, {"rule": "quantile", "denominator": "selected"},
+                                 {"top_entropy_quantile": 1.0}),
+    "top_entropy/sequence": Case(top_entropy, {"scope": "sequence", "denominator": "selected"},
+                                 {"top_entropy_quantile": 1.0}),
+    "top_entropy/sequence_quantile": Case(top_entropy, {"scope": "sequence", "rule": "quantile"},
+                                          {"top_entropy_quantile": 1.0}),
     # Surrogates.
     "ratio": Case(surrogates.ratio),
     "dual_clip": Case(surrogates.dual_clip, {"clip_ratio_c": 1.5}, {"clip_ratio_c": 1e9}),
@@ -240,6 +263,7 @@ def example() -> Example:
         row_data={
             "is_valid": jnp.asarray(np.arange(ROWS) != 14),
             "truncated": jnp.asarray(rng.random(ROWS) < 0.3),
+            "answer_id": jnp.asarray(np.arange(ROWS) * 5 % 3 - 1, jnp.int32),
             "greedy_reward": jnp.asarray(group / 4 - 0.5, jnp.float32),
         },
     )

@@ -77,7 +77,7 @@ def gdpo(
     1e-6. Over sequences the mean is 0 but for rounding.
 
     Args:
-      reward_weights: w, one number per reward column, None for all 1.
+      reward_weights: w, one number per reward column, None for the weights of the task's graders.
       epsilon: ε, above 0, of the groups and of the normalisation over sequences.
       final_norm: `"sequence"` (paper, TRL), `"token"` (verl) or `"none"`.
 
@@ -92,7 +92,7 @@ def gdpo(
     require(epsilon > 0.0, "epsilon", epsilon, "above 0")
     require(final_norm in ("sequence", "token", "none"), "final_norm", final_norm, "sequence, token or none")
     return Estimator(
-        init=lambda: GdpoState(outcome.weights_state(reward_weights), hyper(epsilon)),
+        init=lambda weights=None: GdpoState(outcome.weights_state(reward_weights, weights), hyper(epsilon)),
         estimate=_Estimate(final_norm),
         min_group_size=2,
     )

@@ -65,7 +65,8 @@ def grpo(
     Args:
       scale_rewards: `"group"`; `"batch"`: the standard deviation of all rows of the rollout; `"none"`: 1.
       epsilon: ε, above 0.
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
+      reward_weights: one number per reward column, None for the weights of the task's graders: the columns are summed
+        first.
       singleton: advantage of a group of one valid row: `"zero"`, or `"raw"`: the reward itself in place of the centred
         one, and 1 for the group's standard deviation.
 
@@ -81,7 +82,7 @@ def grpo(
     require(epsilon > 0.0, "epsilon", epsilon, "above 0")
     require(singleton in ("zero", "raw"), "singleton", singleton, "zero or raw")
     return Estimator(
-        init=lambda: GrpoState(outcome.weights_state(reward_weights), hyper(epsilon)),
+        init=lambda weights=None: GrpoState(outcome.weights_state(reward_weights, weights), hyper(epsilon)),
         estimate=_Estimate(scale_rewards, singleton),
         min_group_size=2 if singleton == "zero" else 1,
     )

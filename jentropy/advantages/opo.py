@@ -49,7 +49,8 @@ def opo(*, singleton: str = "zero", reward_weights: tuple[float, ...] | None = N
 
     Args:
       singleton: advantage of a group of one valid row: `"zero"`, or `"raw"` for the reward itself.
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
+      reward_weights: one number per reward column, None for the weights of the task's graders: the columns are summed
+        first.
 
     Raises:
       ValueError: an option is unknown or, when traced, the number of weights is wrong.
@@ -61,7 +62,7 @@ def opo(*, singleton: str = "zero", reward_weights: tuple[float, ...] | None = N
     """
     require(singleton in ("zero", "raw"), "singleton", singleton, "zero or raw")
     return Estimator(
-        init=lambda: OpoState(outcome.weights_state(reward_weights)),
+        init=lambda weights=None: OpoState(outcome.weights_state(reward_weights, weights)),
         estimate=_Estimate(singleton),
         min_group_size=2 if singleton == "zero" else 1,
     )

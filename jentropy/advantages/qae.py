@@ -85,7 +85,8 @@ def qae(
         ⌊K (G - 1)⌋, counted from 0.
       scale_rewards: `"none"`, or `"group"`: divide by the group's standard deviation (ddof 1) plus ε.
       epsilon: ε, above 0; without effect for `"none"`.
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
+      reward_weights: one number per reward column, None for the weights of the task's graders: the columns are summed
+        first.
 
     Raises:
       ValueError: an option is unknown, a number is out of range or, when traced, the number of weights is wrong.
@@ -100,7 +101,9 @@ def qae(
     require(scale_rewards in ("none", "group"), "scale_rewards", scale_rewards, "none or group")
     require(epsilon > 0.0, "epsilon", epsilon, "above 0")
     return Estimator(
-        init=lambda: QaeState(stats.fraction_parts(quantile_k), outcome.weights_state(reward_weights), hyper(epsilon)),
+        init=lambda weights=None: QaeState(
+            stats.fraction_parts(quantile_k), outcome.weights_state(reward_weights, weights), hyper(epsilon)
+        ),
         estimate=_Estimate(baseline, scale_rewards),
         min_group_size=2,
     )

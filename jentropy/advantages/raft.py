@@ -51,7 +51,8 @@ def raft(*, rewards: str = "signed", reward_weights: tuple[float, ...] | None = 
 
     Args:
       rewards: what a response's total reward is: `"signed"`, -1 or 1, or `"binary"`, 0 or 1.
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
+      reward_weights: one number per reward column, None for the weights of the task's graders: the columns are summed
+        first.
 
     Raises:
       ValueError: an option is unknown or, when traced, the number of weights is wrong.
@@ -62,7 +63,9 @@ def raft(*, rewards: str = "signed", reward_weights: tuple[float, ...] | None = 
     True
     """
     require(rewards in _LOWEST, "rewards", rewards, "signed or binary")
-    return Estimator(init=lambda: RaftState(outcome.weights_state(reward_weights)), estimate=_Raft(rewards))
+    return Estimator(
+        init=lambda weights=None: RaftState(outcome.weights_state(reward_weights, weights)), estimate=_Raft(rewards)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,8 @@ def reinforce_rej(
     Args:
       rewards: what a response's total reward is: `"signed"`, -1 or 1, or `"binary"`, 0 or 1.
       singleton: advantage of a group of one valid row: `"zero"`, or `"raw"`: its reward, as in the released code.
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
+      reward_weights: one number per reward column, None for the weights of the task's graders: the columns are summed
+        first.
 
     Raises:
       ValueError: an option is unknown or, when traced, the number of weights is wrong.
@@ -110,7 +114,7 @@ def reinforce_rej(
     require(rewards in _LOWEST, "rewards", rewards, "signed or binary")
     require(singleton in ("zero", "raw"), "singleton", singleton, "zero or raw")
     return Estimator(
-        init=lambda: RaftState(outcome.weights_state(reward_weights)),
+        init=lambda weights=None: RaftState(outcome.weights_state(reward_weights, weights)),
         estimate=_ReinforceRej(rewards, singleton),
         min_group_size=2 if singleton == "zero" else 1,
     )

@@ -39,7 +39,8 @@ def reinforce(*, baseline: str = "none", reward_weights: tuple[float, ...] | Non
 
     Args:
       baseline: `"none"` or `"batch_mean"`.
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
+      reward_weights: one number per reward column, None for the weights of the task's graders: the columns are summed
+        first.
 
     Raises:
       ValueError: an option is unknown or, when traced, the number of weights is wrong.
@@ -50,4 +51,7 @@ def reinforce(*, baseline: str = "none", reward_weights: tuple[float, ...] | Non
     1
     """
     require(baseline in ("none", "batch_mean"), "baseline", baseline, "none or batch_mean")
-    return Estimator(init=lambda: ReinforceState(outcome.weights_state(reward_weights)), estimate=_Estimate(baseline))
+    return Estimator(
+        init=lambda weights=None: ReinforceState(outcome.weights_state(reward_weights, weights)),
+        estimate=_Estimate(baseline),
+    )

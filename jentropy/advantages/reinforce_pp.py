@@ -90,7 +90,8 @@ def reinforce_pp(
       kl_coef: β, finite and at least 0; above 0 it needs `token_data["ref_log_prob"]`. verl: `use_kl_in_reward` with
         `kl_ctrl.kl_coef`, of 1e-3 when on.
       whiten_unit: `"token"`, as released, or `"sequence"`: every response weighs the same.
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
+      reward_weights: one number per reward column, None for the weights of the task's graders: the columns are summed
+        first.
 
     Raises:
       ValueError: a value is out of range or unknown or, when traced, the number of weights is wrong or `ref_log_prob`
@@ -105,7 +106,9 @@ def reinforce_pp(
     require(0.0 <= kl_coef < float("inf"), "kl_coef", kl_coef, "finite and at least 0")
     require(whiten_unit in _WHITEN, "whiten_unit", whiten_unit, "token or sequence")
     return Estimator(
-        init=lambda: ReinforcePpState(outcome.weights_state(reward_weights), hyper(gamma), hyper(kl_coef)),
+        init=lambda weights=None: ReinforcePpState(
+            outcome.weights_state(reward_weights, weights), hyper(gamma), hyper(kl_coef)
+        ),
         estimate=_Estimate(whiten_unit, use_reference=kl_coef > 0.0),
         requires=("ref_log_prob",) if kl_coef > 0.0 else (),
     )
@@ -160,7 +163,8 @@ def reinforce_pp_baseline(
       singleton: a group of one valid row: `"zero"`: it gets 0 and stays out of the mean and the variance; `"raw"`: its
         `a` is the reward itself, as in verl.
       drop_degenerate: groups of two or more equal rewards get exactly 0 and stay out of the mean and the variance.
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
+      reward_weights: one number per reward column, None for the weights of the task's graders: the columns are summed
+        first.
 
     Raises:
       ValueError: an option is unknown or, when traced, the number of weights is wrong.
@@ -173,7 +177,7 @@ def reinforce_pp_baseline(
     require(whiten_unit in _WHITEN, "whiten_unit", whiten_unit, "token or sequence")
     require(singleton in ("zero", "raw"), "singleton", singleton, "zero or raw")
     return Estimator(
-        init=lambda: ReinforcePpBaselineState(outcome.weights_state(reward_weights)),
+        init=lambda weights=None: ReinforcePpBaselineState(outcome.weights_state(reward_weights, weights)),
         estimate=_BaselineEstimate(whiten_unit, singleton, drop_degenerate),
         min_group_size=2 if singleton == "zero" else 1,
     )

@@ -26,30 +26,27 @@ def _estimate(rollouts: Rollouts, state: RemaxState) -> tuple[Array, Mapping[str
     return advantage, {}, {**outcome.metrics(rollouts, reward, advantage), **extra}, state
 
 
-def remax(*, reward_weights: tuple[float, ...] | None = None) -> Estimator:
+def remax() -> Estimator:
     """The reward minus the reward of the greedy response to the row's prompt, on all tokens of the response.
 
         A_i = R_i - R(greedy response to prompt i)
 
     The baseline does not depend on the row's own tokens, so the gradient is unbiased, with one response per prompt too.
-    `row_data["greedy_reward"]` `[B]` holds it as one number per row, with the same weights of rewards as here: it costs
-    one greedy response per prompt. Rows with `row_data["is_valid"]` False get 0.
+    `row_data["greedy_reward"]` `[B]` holds it as one number per row: it costs one greedy response per prompt. Both
+    rewards are sums with the weights of the task's graders. Rows with `row_data["is_valid"]` False get 0.
 
     verl takes the reward-to-go of rewards per token, which for one reward at the end is the same on response tokens.
-
-    Args:
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
 
     Raises:
       ValueError: when traced, `greedy_reward` is missing or the number of weights is wrong.
 
     Reference: 2310.10505; released code: verl 0.9.1, `remax`.
 
-    >>> remax(reward_weights=(1.0, 0.5)).estimate == remax().estimate
-    True
+    >>> remax().requires
+    ('greedy_reward',)
     """
     return Estimator(
-        init=lambda: RemaxState(outcome.weights_state(reward_weights)),
+        init=lambda weights=None: RemaxState(outcome.weights_state(None, weights)),
         estimate=_estimate,
         requires=("greedy_reward",),
     )

@@ -57,7 +57,8 @@ def rloo(
     (`singleton="raw"`).
 
     Args:
-      reward_weights: one number per reward column, None for all 1: the columns are summed first.
+      reward_weights: one number per reward column, None for the weights of the task's graders: the columns are summed
+        first.
       singleton: advantage of a group of one valid row: `"zero"`, or `"raw"` for R itself.
       kl_coef: β, finite and at least 0; above 0 it needs `token_data["ref_log_prob"]`. TRL's `beta`, 0.05.
 
@@ -73,7 +74,7 @@ def rloo(
     require(singleton in ("zero", "raw"), "singleton", singleton, "zero or raw")
     require(0.0 <= kl_coef < float("inf"), "kl_coef", kl_coef, "finite and at least 0")
     return Estimator(
-        init=lambda: RlooState(outcome.weights_state(reward_weights), hyper(kl_coef)),
+        init=lambda weights=None: RlooState(outcome.weights_state(reward_weights, weights), hyper(kl_coef)),
         estimate=_Estimate(singleton, use_reference=kl_coef > 0.0),
         min_group_size=2 if singleton == "zero" else 1,
         requires=("ref_log_prob",) if kl_coef > 0.0 else (),

@@ -55,6 +55,12 @@ class Task:
         """Whether rows of this task can hold `answer_id`."""
         return self.answer_id is not None or self.final_answer is not None
 
+    @property
+    def reward_weights(self) -> tuple[float, ...] | None:
+        """The weights of the reward columns, None if all are 1."""
+        weights = tuple(reward.weight for reward in self.rewards)
+        return None if all(weight == 1.0 for weight in weights) else weights
+
     def prompts(self, split_prefix: str, weights: Mapping) -> MixtureSource:
         """Prompts of the "train" or "heldout" splits.
 

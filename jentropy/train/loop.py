@@ -138,19 +138,21 @@ class _Pending(NamedTuple):
     began: float
 
 
-def _fresh(stage: Reinforce, params: Any, step: jax.Array, key: jax.Array) -> TrainState:
-    return new_stage(params, step, key, stage.objective, stage.optimizer, stage.reference, stage.sampler)
+def _fresh(experiment: Experiment, index: int, params: Any, step: jax.Array, key: jax.Array) -> TrainState:
+    stage = experiment.stages[index]
+    assert isinstance(stage, Reinforce), f"stage {index} has no training state"
+    return new_stage(
+        params, step, key, stage.objective, stage.optimizer, stage.reference, stage.sampler,
+        experiment.task.reward_weights,
+    )  # fmt: skip
 
 
 def state_template(experiment: Experiment, policy: Policy, mesh: Mesh, index: int) -> TrainState:
     """Shapes, dtypes and shardings of the state in a stage of reinforcement learning."""
-    stage = experiment.stages[index]
-    assert isinstance(stage, Reinforce), f"stage {index} has no training state"
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(
-        functools.partial(_fresh, stage), jax.eval_shape(policy.init, key), jax.ShapeDtypeStruct((), np.int32), key
-    )
-    shardings = state_shardings(policy, mesh, stage.optimizer, shapes)
+    key, step = jax.random.key(0), jax.ShapeDtypeStruct((), np.int32)
+    fresh = functools.partial(_fresh, experiment, index)
+    shapes = jax.eval_shape(fresh, jax.eval_shape(policy.init, key), step, key)
+    shardings = state_shardings(policy, mesh, experiment.stages[index].optimizer, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -257,7 +259,8 @@ class Run:
             return self._checkpoints.restore(self._resumed["step"], template)[0]
         if params is None:
             params = init_params(self.policy, self.experiment.seed, self.mesh)
-        start = jax.jit(functools.partial(_fresh, stage), out_shardings=jax.tree.map(lambda x: x.sharding, template))
+        fresh = functools.partial(_fresh, self.experiment, index)
+        start = jax.jit(fresh, out_shardings=jax.tree.map(lambda x: x.sharding, template))
         return start(params, self._put(step), self.key)
 
     def _reinforce(self, index: int, stage: Reinforce, params: Any, step: int) -> TrainState:

@@ -44,7 +44,7 @@ class TrainState:
 
 def new_stage(
     params: Any, step: Array, key: Array, objective: Objective, optimizer: AdamW, reference: bool,
-    sampler: Sampler | None = None,
+    sampler: Sampler | None = None, reward_weights: tuple[float, ...] | None = None,
 ) -> TrainState:  # fmt: skip
     """The state in which a stage starts: its own optimizer, mechanism, estimator and sampler state.
 
@@ -56,13 +56,14 @@ def new_stage(
       optimizer: the stage's optimizer.
       reference: whether to keep the parameters as the frozen reference policy.
       sampler: how tokens are drawn; None for `samplers.plain()`.
+      reward_weights: of the task's reward columns, for an estimator that has none of its own; None: all 1.
     """
     return TrainState(
         step=step,
         params=params,
         opt_state=init_optimizer(optimizer, params),
         mechanism_state=objective.mechanisms.init(),
-        estimator_state=objective.estimator.init(),
+        estimator_state=objective.estimator.init(reward_weights),
         frozen={"reference": jax.tree.map(jnp.copy, params)} if reference else {},
         learners={},
         decode_state=(sampler or plain()).init(),

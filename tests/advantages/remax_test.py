@@ -16,7 +16,7 @@ def run(estimator, rewards=REWARDS, **row_data):
 
 
 def test_by_hand():
-    advantage, metrics = run(remax(reward_weights=(1.0, 0.5)), greedy_reward=GREEDY)
+    advantage, metrics = run(remax()._replace(init=lambda: remax().init((1.0, 0.5))), greedy_reward=GREEDY)
     np.testing.assert_array_equal(advantage, [[0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0.5, 0.5]])
     assert metrics["critic/greedy_rewards/mean"] == (4.25, 4.0)
     assert metrics["critic/rewards/mean"] == (2.0 + 2.0 + 3.0 + 0.75, 4.0)

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from jentropy import config as config_lib
+from jentropy.policy.transformer import transformer
 from jentropy.rewards import workers
 from jentropy.train import loop
 from jentropy.train.evaluate import Evaluator
@@ -50,6 +52,15 @@ def test_it_trains(config, tmp_path):
     assert config_lib.identity(config_lib.load(tmp_path / "run" / "config.json")) == config_lib.identity(config)
     found = workers.counters()
     assert all(found[name] == before[name] for name in ("hang", "crash", "flood", "exception"))
+
+
+def test_rewards_are_added_with_their_weights(config):
+    experiment = config_lib.build(config)
+    assert experiment.task.reward_weights == (1.0, 0.1)
+    template = loop.state_template(experiment, transformer(experiment.policy), make_mesh(MeshShape()), 1)
+    assert template.estimator_state.reward_weights.shape == (2,)
+    state = loop._fresh(experiment, 1, {}, np.int32(0), jax.random.key(0))
+    np.testing.assert_allclose(state.estimator_state.reward_weights, [1.0, 0.1])
 
 
 def test_a_warm_start_is_that_of_its_data(config, tmp_path):
