@@ -39,7 +39,8 @@ def _count_blocks(mask: Array) -> Array:
     return jnp.sum(jnp.sum(mask, axis=-1, dtype=jnp.int8), dtype=jnp.int32)
 
 
-def _count(mask: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+def count_true(mask: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """Number of True entries, along `axis` (all axes by default), int32."""
     return _count_blocks(_blocks(mask, False)) if axis is None else jnp.sum(mask, axis=axis, dtype=jnp.int32)
 
 
@@ -59,7 +60,7 @@ def masked_sum(x: Array, mask: Array, axis: int | tuple[int, ...] | None = None)
 
 def masked_mean(x: Array, mask: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     """Σ x / max(n, 1) over the n entries of the mask, along `axis` (all axes by default)."""
-    return masked_sum(x, mask, axis) / jnp.maximum(_count(mask, axis), 1).astype(x.dtype)
+    return masked_sum(x, mask, axis) / jnp.maximum(count_true(mask, axis), 1).astype(x.dtype)
 
 
 def _centred(x: Array, mask: Array) -> Array:
@@ -77,7 +78,7 @@ def cross_deviation(x: Array, y: Array, mask: Array) -> Array:
 
 def masked_covariance(x: Array, y: Array, mask: Array, *, ddof: int = 0) -> Array:
     """Σ (x - mean x)(y - mean y) / max(n - ddof, 1) over the n entries of the mask, in two passes."""
-    return jnp.sum(cross_deviation(x, y, mask)) / jnp.maximum(_count(mask) - ddof, 1).astype(x.dtype)
+    return jnp.sum(cross_deviation(x, y, mask)) / jnp.maximum(count_true(mask) - ddof, 1).astype(x.dtype)
 
 
 def masked_variance(x: Array, mask: Array, *, ddof: int = 0) -> Array:
@@ -110,8 +111,8 @@ def whiten_rows(x: Array, mask: Array) -> Array:
     used = jnp.any(mask, axis=1)
     deviation = jnp.where(mask, x - masked_mean(masked_mean(x, mask, axis=1), used), 0)
     total = masked_sum(masked_mean(jnp.square(deviation), mask, axis=1), used)
-    variance = total / jnp.maximum(_count(used) - 1, 1).astype(x.dtype)
-    none = is_constant(x, mask) | (_count(used) < 2)
+    variance = total / jnp.maximum(count_true(used) - 1, 1).astype(x.dtype)
+    none = is_constant(x, mask) | (count_true(used) < 2)
     return jnp.where(none, 0, deviation * jax.lax.rsqrt(variance + 1e-8))
 
 
@@ -182,7 +183,7 @@ def order_statistic(x: Array, mask: Array, rank: Array) -> Array:
       rank: int32 scalar, 0 for the smallest; clipped to [0, n - 1].
     """
     _check(mask, x)
-    count = _count(mask)
+    count = count_true(mask)
     rank = jnp.clip(rank, 0, jnp.maximum(count - 1, 0))
     key = _key_at_rank(order_keys(x), mask, rank)
     return jnp.where(count > 0, _value_of_key(key, x.dtype), 0)
@@ -202,7 +203,7 @@ def quantile(x: Array, mask: Array, q: Array) -> Array:
     """
     _check(mask, x)
     chex.assert_rank(q, 0)
-    position = jnp.clip(q, 0, 1) * jnp.maximum(_count(mask) - 1, 0).astype(q.dtype)
+    position = jnp.clip(q, 0, 1) * jnp.maximum(count_true(mask) - 1, 0).astype(q.dtype)
     nearest = jnp.round(position)
     slack = position * (1.5 * float(jnp.finfo(q.dtype).eps))
     position = jnp.where(jnp.abs(position - nearest) <= slack, nearest, position)
@@ -237,9 +238,9 @@ def top_k_mask(x: Array, mask: Array, k: Array, row_id: Array) -> Array:
     """
     chex.assert_rank([x, mask, row_id], [2, 2, 1])
     _check(mask, x)
-    k = jnp.clip(k, 0, _count(mask))
+    k = jnp.clip(k, 0, count_true(mask))
     above, ties = _split_at(~order_keys(x), mask, k)
-    places, tied = k - _count(above), _count(ties, 1)
+    places, tied = k - count_true(above), count_true(ties, 1)
 
     def tied_before(row: Array) -> Array:
         return jnp.sum(jnp.where(row_id < row, tied, 0), dtype=jnp.int32)
@@ -263,9 +264,9 @@ def row_top_k_mask(x: Array, mask: Array, k: Array) -> Array:
     """
     chex.assert_rank([x, mask, k], [2, 2, 1])
     _check(mask, x)
-    k = jnp.clip(k, 0, _count(mask, 1))
+    k = jnp.clip(k, 0, count_true(mask, 1))
     above, ties = jax.vmap(_split_at)(~order_keys(x), mask, k)
-    places = k - _count(above, 1)
+    places = k - count_true(above, 1)
     return above | (ties & (jnp.cumsum(ties, axis=1, dtype=jnp.int32) <= places[:, None]))
 
 
@@ -388,7 +389,7 @@ def group_order_statistic(x: Array, group: Array, valid: Array, rank: Array) -> 
     count = group_count(group, valid)
     rank = jnp.clip(rank, 0, jnp.maximum(count - 1, 0))
     peer = valid[None, :] & (group[None, :] == group[:, None])
-    below, up_to = (_count(peer & found, 1) for found in (x[None, :] < x[:, None], x[None, :] <= x[:, None]))
+    below, up_to = (count_true(peer & found, 1) for found in (x[None, :] < x[:, None], x[None, :] <= x[:, None]))
     holds = valid & (below <= rank) & (rank < up_to)
     value = jax.ops.segment_max(jnp.where(holds, x, -jnp.inf), group, num_segments=group.size)[group]
     return jnp.where(count > 0, value, 0)

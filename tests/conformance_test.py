@@ -41,6 +41,7 @@ from jentropy.mechanisms.importance_correction import importance_correction, rej
 from jentropy.mechanisms.kl_cov import kl_cov
 from jentropy.mechanisms.kl_reference import kl_reference
 from jentropy.mechanisms.semantic_entropy import semantic_entropy
+from jentropy.mechanisms.siren import siren
 from jentropy.mechanisms.steer import steer
 from jentropy.mechanisms.top_entropy import top_entropy
 from jentropy.train.optimizer import AdamW
@@ -117,7 +118,7 @@ METHODS: dict[str, Case] = {
     "entropy_advantage": Case(entropy_advantage, {"entropy_adv_alpha": 0.2, "entropy_adv_kappa": 3.0},
                               {"entropy_adv_alpha": 0.0}),
     "entropy_bonus": Case(entropy_bonus, {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
-    "entropy_bonus/schedule": Case(entropy_bonus, {"entropy_coef": lambda k: jnp.where(k == 3, 0.1, 0.0)}, {"entropy_coef": 0}),
+    "entropy_bonus/schedule": Case(entropy_bonus, {"entropy_coef": lambda k: jnp.where(k == 3, 0.1, 0.0)}),
     "importance_correction": Case(importance_correction, {"rollout_is_threshold": 1.3, "lower": 0.6},
                                   {"rollout_is_threshold": 1.0, "lower": 1.0}),
     "importance_correction/mask": Case(importance_correction, {"level": "sequence_mean", "mode": "mask", "lower": 0.8,
@@ -138,6 +139,10 @@ METHODS: dict[str, Case] = {
                                      "unparsed": "shared"}, {"semantic_entropy_alpha": 0.0}),
     "semantic_entropy/mc": Case(semantic_entropy, {"estimator": "mc", "form": "focal", "length_normalised": True},
                                 {"semantic_entropy_alpha": 0.0}),
+    "siren": Case(siren, {"tau": 0.5, "beta": 0.3, "target": 0.5}, {"beta": 0.0}),
+    "siren/anchor": Case(siren, {"tau": 0.5, "beta": 0.3}),
+    "siren/released": Case(siren, {"tau": 0.5, "beta": 0.3, "target": 0.5, "nucleus": "released", "strict": True,
+                           "average": "rows"}, {"beta": 0.0}),
     "steer": Case(steer, {"weight_min": 0.5, "weight_max": 1.5}, {"weight_min": 1.0, "weight_max": 1.0}),
     "steer/exponential": Case(steer, {"weight_min": 0.5, "weight_max": 1.5, "mapping": "exponential",
                               "mode": "asymmetric"}, {"weight_min": 1.0}),
@@ -165,7 +170,10 @@ METHODS: dict[str, Case] = {
     "fixed_length": Case(normalisers.fixed_length, {"length": 7}),
 }  # fmt: skip
 
-SCORES = ("log_prob", "entropy", "log_normaliser", "reference_kl", "reference_forward_kl")
+SCORES = (
+    *("log_prob", "entropy", "log_normaliser", "reference_kl", "reference_forward_kl"),
+    *("nucleus_entropy(0.8)", "nucleus_entropy_released(0.8)"),
+)
 ROWS, COLUMNS = 16, 10
 MICRO = (1, 2, 4, 16)
 
