@@ -1,6 +1,6 @@
 """LAW with QAE: does a quantile as baseline leave the line R = -a exp(H) + b?
 
-QAE (2509.22611, section 3) in place of GRPO's advantage, K = .4 as in the authors' scripts. No number needs rescaling
+QAE (2509.22611) in place of GRPO's advantage, K = .4 as in the authors' scripts. No number needs rescaling
 for a small batch; advantages are -1, 0 or 1, not divided by a standard deviation, and many are 0.
 
 Command:  jentropy train experiments/configs/law_qae.py --out runs/law_qae

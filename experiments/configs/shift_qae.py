@@ -1,6 +1,6 @@
 """SHIFT with QAE: rewards against a quantile of their group instead of its mean.
 
-QAE (2509.22611, section 3) in place of GRPO's advantage, K = .4 as in the authors' scripts: up to 4 right answers of 8
+QAE (2509.22611) in place of GRPO's advantage, K = .4 as in the authors' scripts: up to 4 right answers of 8
 only the right ones count, from 5 on only the wrong ones. No number needs rescaling for a small batch. The released code
 interpolates the quantile and divides by the standard deviation: `baseline="linear"`, `scale_rewards="group"`.
 

@@ -91,7 +91,7 @@ def qae(
     Raises:
       ValueError: an option is unknown, a number is out of range or, when traced, the number of weights is wrong.
 
-    Reference: 2509.22611, section 3; released code: junkangwu/QAE.
+    Reference: 2509.22611; released code: junkangwu/QAE.
 
     >>> qae(quantile_k=0.2).estimate == qae(epsilon=1e-4).estimate
     True
