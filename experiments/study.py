@@ -9,21 +9,20 @@ Finished runs are kept: called again, it goes on where it stopped. Two cores, ab
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
-import numpy as np
+from run_pool import finished
 
 from jentropy import embedded
 from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.kl_cov import kl_cov
+from jentropy.report.comparison import Figure, mean_rows, paired_rows, run_rows
 from jentropy.report.summary import final_line, law_of, shift_row
 from jentropy.report.tables import table
 from jentropy.theory.law import ceiling_interval
-from jentropy.train.loop import train
-from jentropy.train.metrics import read_metrics
 
 METHODS: dict[str, tuple[str, Callable[[], Mapping[str, fdl.Config]]]] = {
     "grpo": ("GRPO", dict),
@@ -32,60 +31,29 @@ METHODS: dict[str, tuple[str, Callable[[], Mapping[str, fdl.Config]]]] = {
     "kl_cov": ("KL-Cov .1, coefficient 1", lambda: {"kl_cov": fdl.Config(kl_cov, kl_cov_ratio=0.1, ppo_kl_coef=1.0)}),
     "clip_higher": ("clip-higher .5", lambda: {"clip_range": fdl.Config(clip_range, epsilon_high=0.5)}),
 }
-FIGURES = {
-    "entropy_before": "entropy before the shift",
-    "mean_after": "mean reward after it",
-    "final_reward": "final reward",
-    "hard_reward": "reward, n >= 4",
-    "pass_at_n": "pass@8",
-    "greedy_reward": "greedy reward",
-    "entropy_after": "final entropy",
-}
-
-
-def finished(out: Path, config: fdl.Config) -> list[dict[str, Any]]:
-    """The metrics of a run, which is made unless it is there."""
-    path = out / "metrics.jsonl"
-    lines = read_metrics(path) if path.exists() else []
-    if not (lines and lines[-1].get("final")):
-        train(config, out, resume=path.exists())
-        lines = read_metrics(path)
-    return lines
-
-
-def interval(values: Sequence[float], seed: int = 0, draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval over runs."""
-    x = np.asarray(values, np.float64)
-    means = x[np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(x.mean()), float(low), float(high)
-
-
-def _text(values: Sequence[float]) -> str:
-    mean, low, high = interval(values)
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+FIGURES = (
+    Figure("entropy_before", "entropy before the shift", good=False),
+    Figure("mean_after", "mean reward after it"),
+    Figure("final_reward", "final reward"),
+    Figure("hard_reward", "reward, n >= 4"),
+    Figure("pass_at_n", "pass@8"),
+    Figure("greedy_reward", "greedy reward"),
+    Figure("entropy_after", "final entropy", good=False),
+)
 
 
 def shift_tables(rows: Mapping[str, list[dict[str, Any]]]) -> str:
     """Means with intervals, paired differences to GRPO, and what each run did."""
-    means, paired, each = [], [], []
-    for method, found in rows.items():
-        title = METHODS[method][0]
-        means.append({"method": title, "runs": len(found)} | {f: _text([r[f] for r in found]) for f in FIGURES})
-        steps = [str(r["steps_to_goal"]) if r["steps_to_goal"] is not None else "never" for r in found]
-        finals = [f"{r['final_reward']:.2f}" for r in found]
-        each.append({"method": title, "steps": ", ".join(steps), "final": ", ".join(finals)})
-        if method != "grpo" and "grpo" in rows:
-            gains = {f: [a[f] - b[f] for a, b in zip(found, rows["grpo"], strict=True)] for f in FIGURES}
-            wins = sum(gain > 0 for gain in gains["mean_after"])
-            paired.append(
-                {"method": title, "wins": f"{wins} of {len(found)}"} | {f: _text(g) for f, g in gains.items()}
-            )
-    parts = [table(means, {"method": "method", "runs": "runs"} | FIGURES)]
-    parts += ["Paired differences to GRPO on the same warm start and seed:"] if paired else []
-    parts += [table(paired, {"method": "method", "wins": "higher mean reward after"} | FIGURES)] if paired else []
+    results = {METHODS[method][0]: {(0, i): row for i, row in enumerate(found)} for method, found in rows.items()}
+    headings = {figure.key: figure.heading for figure in FIGURES}
+    paired = paired_rows(results, METHODS["grpo"][0], FIGURES, "mean_after")
+    parts = [table(mean_rows(results, FIGURES), {"method": "method", "runs": "runs"} | headings)]
+    if paired:
+        parts += ["Paired differences to GRPO on the same warm start and seed:"]
+        parts += [table(paired, {"method": "method", "wins": "higher mean reward after"} | headings)]
     parts += ["Each run, in the order of warm starts and then seeds:"]
-    parts += [table(each, {"method": "method", "steps": "steps to reward .9 after the shift", "final": "final reward"})]
+    columns = {"method": "method", "steps": "steps to reward .9 after the shift", "final_reward": "final reward"}
+    parts += [table(run_rows(results, {"final_reward": ".2f"}), columns)]
     return "\n\n".join(parts)
 
 
