@@ -8,20 +8,26 @@ import jax
 import jax.numpy as jnp
 
 from jentropy import head
-from jentropy.base import Array, Output, Policy, Rollouts
+from jentropy.base import Array, Output, Policy, Rollouts, require
+from jentropy.nucleus import NucleusKind, nucleus_entropies
 
 Scorer: TypeAlias = Callable[[Any, Mapping[str, Any], Rollouts], dict[str, Array]]
 """(params, frozen, rows) -> {output name: `[b, T]`}, 0 outside the loss mask."""
 
 _HEAD = ("log_prob", "entropy", "log_normaliser")
 _PAIR = {"reference_kl": "kl", "reference_forward_kl": "reverse_kl"}
+_NUCLEUS = {"nucleus_entropy": False, "nucleus_entropy_released": True}
 
 
 def _check(outputs: tuple[Output, ...]) -> None:
-    known = (*_HEAD, *_PAIR)
-    for output in outputs:
-        if output.name not in known:
-            raise ValueError(f"no forward pass provides the output {output.name!r}; known: {', '.join(known)}")
+    known = (*_HEAD, *_PAIR, *_NUCLEUS)
+    for name, argument in outputs:
+        if name not in known:
+            raise ValueError(f"no forward pass provides the output {name!r}; known: {', '.join(known)}")
+        if name in _NUCLEUS:
+            require(argument is not None and 0.0 < argument <= 1.0, f"the argument of {name}", argument, "in (0, 1]")
+        else:
+            require(argument is None, f"the argument of {name}", argument, "None")
 
 
 def _aligned(x: Array, mask: Array) -> Array:
@@ -42,10 +48,11 @@ def make_scorer(policy: Policy, outputs: tuple[Output, ...], temperature: float)
       temperature: divides the logits before log-probability and entropy.
 
     Raises:
-      ValueError: an output that no forward pass provides.
+      ValueError: an output that no forward pass provides, or one with a wrong argument.
     """
     _check(outputs)
     names = [output.name for output in outputs]
+    nuclei = {o: NucleusKind(o.argument, _NUCLEUS[o.name]) for o in outputs if o.name in _NUCLEUS and o.argument}
 
     def score(params: Any, frozen: Mapping[str, Any], rows: Rollouts) -> dict[str, Array]:
         hidden = policy.hidden(params, rows.tokens)[:, :-1]
@@ -57,7 +64,10 @@ def make_scorer(policy: Policy, outputs: tuple[Output, ...], temperature: float)
             other = policy.hidden(reference, rows.tokens)[:, :-1]
             pair = head.pair_scores(hidden, unembed, other, policy.unembed(reference), temperature=tau)
             found |= {name: getattr(pair, field) for name, field in _PAIR.items()}
-        return {str(output): _aligned(found[output.name], rows.loss_mask) for output in outputs}
+        if nuclei:
+            entropies = nucleus_entropies(hidden, unembed, tuple(nuclei.values()), temperature=tau)
+            found |= {str(output): entropy for output, entropy in zip(nuclei, entropies)}
+        return {name: _aligned(found[name], rows.loss_mask) for name in map(str, outputs)}
 
     return score
 
