@@ -59,11 +59,11 @@ def _assert_same_step(found, wanted):
     assert set(metrics) in (set(), set(wanted_metrics))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_samples_are_the_same(found, layout):
-    wanted = found["sample"]["1x1x1"]
-    assert set(found["sample"][layout]) == set(wanted)
-    for path, x in found["sample"][layout].items():
+@pytest.mark.parametrize(("case", "layout"), [*(("sample", layout) for layout in LAYOUTS), ("decoding", "2x2x2")])
+def test_samples_are_the_same(found, case, layout):
+    wanted = found[case]["1x1x1"]
+    assert set(found[case][layout]) == set(wanted)
+    for path, x in found[case][layout].items():
         if x.dtype == np.float32:
             np.testing.assert_allclose(x, wanted[path], rtol=2e-5, atol=1e-6, err_msg=path)
         else:
@@ -80,6 +80,20 @@ def test_four_updates_are_the_same(found, method, layout):
 def test_micro_batches_and_mapped_steps_are_the_same(found, layout):
     """All mechanisms at once, with RLOO and a mean over sequences: two micro-batches, or one's own mapped step."""
     _assert_same_step(found["rloo"][layout], found["rloo"]["1x1x1"])
+
+
+def test_temperatures_are_the_same(found):
+    """Tokens with temperatures of their own, and the state of a sampler that has seen two rollouts."""
+    cases = {layout: dict(arrays) for layout, arrays in found["temperatures"].items()}
+    states = {layout: {k: x for k, x in arrays.items() if k.startswith("[2]")} for layout, arrays in cases.items()}
+    assert states["1x1x1"]["[2].step"] == 2 and states["1x1x1"]["[2].temperature"] not in (0.0, 0.5, 0.9, 2.0)
+    assert set(states["2x2x2"]) == set(states["1x1x1"])
+    for path, x in states["1x1x1"].items():
+        np.testing.assert_allclose(states["2x2x2"][path], x, rtol=2e-5, err_msg=path)
+    assert len(np.unique(found["decoding"]["1x1x1"][".token_data['temperature']"])) > 10
+    assert len(np.unique(found["decoding"]["1x1x1"][".row_data['greedy_reward']"])) > 1
+    rest = {layout: {k: x for k, x in a.items() if not k.startswith("[2]")} for layout, a in cases.items()}
+    _assert_same_step(rest["2x2x2"], rest["1x1x1"])
 
 
 @pytest.mark.parametrize("method", METHODS[1:])

@@ -28,6 +28,7 @@ from jentropy.normalisers import sequence_mean_token_mean, token_mean
 from jentropy.policy.transformer import TransformerConfig, transformer
 from jentropy.rewards.base import DeviceReward
 from jentropy.rollout.iid import RolloutSpec
+from jentropy.samplers import combine, e3_temperature, linear_entropy_temperature, plain, top_p
 from jentropy.surrogates import ratio
 from jentropy.train.optimizer import AdamW, apply_optimizer
 from jentropy.train.programs import make_rollout
@@ -90,11 +91,23 @@ def _reward(tokens, mask, fields):
     return jnp.round(4.0 * low / jnp.sum(mask, axis=1, dtype=jnp.float32)) / 4.0
 
 
+ON_DEMAND = frozenset({"answer_id", "greedy_reward"})
 SAMPLER = RolloutSpec(GENERATIONS, NEW_TOKENS, 1, 0, 0.9, (DeviceReward("low", _reward),))
+DECODING = combine(
+    linear=linear_entropy_temperature(slope=0.5, centre=2.4, low=0.5, high=1.5),
+    top_p=top_p(p=0.9),
+)  # fmt: skip
+E3 = e3_temperature(vocab_size=16, target=1.0)
 
 
-def sampled(mesh: Mesh, params: Any) -> Rollouts:
-    """What the sampler draws on a mesh."""
+def _first_token(tokens, mask, fields):
+    """The first token of the response."""
+    del fields
+    return jnp.max(jnp.where(mask & ~jnp.roll(mask, 1, axis=1), tokens, -1), axis=1)
+
+
+def sampled(mesh: Mesh, params: Any, sampler: Any = None, required: frozenset[str] = frozenset()) -> Rollouts:
+    """What is drawn on a mesh."""
     rng = np.random.default_rng(0)
     prompts = (
         rng.integers(2, 16, (PROMPTS, PROMPT_COLUMNS), np.int32),
@@ -103,7 +116,9 @@ def sampled(mesh: Mesh, params: Any) -> Rollouts:
     )
     prompts = jax.device_put(prompts, row_sharding(mesh))
     params = jax.device_put(params, param_shardings(POLICY, mesh))
-    return make_rollout(POLICY, SAMPLER, mesh)(params, jax.random.key(3), jnp.int32(5), *prompts)[0]
+    sampler = sampler or plain()
+    spec = SAMPLER._replace(sampler=sampler, required=required, answer_id=_first_token)
+    return make_rollout(POLICY, spec, mesh)(params, jax.random.key(3), jnp.int32(5), *prompts, sampler.init())[0]
 
 
 def new_state(objective: Objective, params: Any) -> TrainState:
@@ -119,6 +134,18 @@ def stepped(mesh: Mesh, objective: Objective, params: Any, rows: Rollouts, **cut
     step = make_train_step(make_spec(POLICY, objective, OPTIMIZER, reference=True, **cuts), PROMPTS, mesh)
     state, metrics = step(state, jax.device_put(rows, row_sharding(mesh)))
     return state.params, metrics
+
+
+def with_temperatures(mesh: Mesh, params: Any, rows: Rollouts) -> Any:
+    """Parameters, metrics and the sampler's state after two steps on rows whose tokens have their own temperatures."""
+    objective = Objective(grpo(), chain(clip_range=clip_range()), ratio, token_mean, 0.9)
+    state = new_stage(params, jnp.int32(2), jax.random.key(1), objective, OPTIMIZER, False, E3)
+    state = jax.device_put(state, state_shardings(POLICY, mesh, OPTIMIZER, state))
+    spec = make_spec(POLICY, objective, OPTIMIZER, num_epochs=2, sampler=E3, left_out=1)
+    step, metrics = make_train_step(spec, PROMPTS, mesh), {}
+    for _ in range(2):
+        state, metrics = step(state, jax.device_put(rows, row_sharding(mesh)))
+    return state.params, metrics, state.decode_state
 
 
 # The same step written for one device's rows, as someone with a mapped loop of their own would.
@@ -196,7 +223,10 @@ def main(out: str) -> None:
             keep(case, layout, after)
         keep("is_whole", layout, jax.tree.map(lambda x: x.sharding.is_fully_replicated, after[0]))
     objective = method(**ALL, estimator=rloo(), normaliser=sequence_mean_token_mean)
+    decoded = jax.device_get(sampled(meshes["1x1x1"], params, DECODING, ON_DEMAND))
     for layout in ("1x1x1", "2x2x2"):
+        keep("decoding", layout, sampled(meshes[layout], params, DECODING, ON_DEMAND))
+        keep("temperatures", layout, with_temperatures(meshes[layout], params, decoded))
         keep("rloo", layout, stepped(meshes[layout], objective, params, rows, num_epochs=2, num_microbatches=2))
     spec = make_spec(POLICY, objective, OPTIMIZER, reference=True, num_epochs=2)
     keep("rloo", "pmap", (by_pmap(spec, new_state(objective, params), rows),))
