@@ -14,7 +14,7 @@ from jentropy.data.tokenizer import Tokenizer, char_tokenizer, file_tokenizer
 from jentropy.rewards import answers
 from jentropy.rewards import chain_sum as chain_sum_rewards
 from jentropy.rewards.answers import AnswerId
-from jentropy.rewards.base import DeviceReward, Reward, TextReward
+from jentropy.rewards.base import DeviceReward, Reward, TextReward, weights_of
 from jentropy.rewards.functions import text_reward
 
 
@@ -58,8 +58,7 @@ class Task:
     @property
     def reward_weights(self) -> tuple[float, ...] | None:
         """The weights of the reward columns, None if all are 1."""
-        weights = tuple(reward.weight for reward in self.rewards)
-        return None if all(weight == 1.0 for weight in weights) else weights
+        return weights_of(self.rewards)
 
     def prompts(self, split_prefix: str, weights: Mapping) -> MixtureSource:
         """Prompts of the "train" or "heldout" splits.

@@ -59,6 +59,12 @@ class TextReward:
 Reward = DeviceReward | TextReward
 
 
+def weights_of(rewards: Sequence[Reward]) -> tuple[float, ...] | None:
+    """The weights of reward columns, None if all are 1."""
+    weights = tuple(reward.weight for reward in rewards)
+    return None if all(weight == 1.0 for weight in weights) else weights
+
+
 def grade_text(
     reward: TextReward, prompts: list[str], completions: list[str], fields: Mapping[str, Sequence]
 ) -> tuple[np.ndarray, np.ndarray]:

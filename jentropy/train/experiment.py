@@ -10,7 +10,7 @@ from jentropy import conflicts
 from jentropy.base import Objective, require
 from jentropy.data.task import Task
 from jentropy.policy.transformer import TransformerConfig
-from jentropy.rewards.base import DeviceReward
+from jentropy.rewards.base import DeviceReward, weights_of
 from jentropy.rollout.dynamic import DynamicSampling
 from jentropy.samplers import Sampler
 from jentropy.train.optimizer import AdamW
@@ -216,6 +216,10 @@ class Experiment:
                 )
         vocab = self.task.tokenizer.vocab_size
         require(self.policy.vocab_size >= vocab, "policy.vocab_size", self.policy.vocab_size, f"at least {vocab}")
+
+    def reward_weights(self, stage: Reinforce) -> tuple[float, ...] | None:
+        """The weights of a stage's reward columns, those that shape after the task's; None if all are 1."""
+        return weights_of((*self.task.rewards, *stage.shaping))
 
     def check_mesh(self) -> None:
         """Raises `ValueError` if the mesh does not divide the rows of a rollout, an update or an evaluation."""

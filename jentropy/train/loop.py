@@ -85,8 +85,7 @@ class Stepper:
         sampler = RolloutSpec(
             stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
             objective.temperature, (*task.rewards, *stage.shaping), sampler=stage.sampler or plain(),
-            required=stage.required,
-            answer_id=task.answer_id,
+            required=stage.required, answer_id=task.answer_id,
         )  # fmt: skip
         self._rollout = make_rollout(policy, sampler, mesh)
         self.train_step = make_train_step(spec, stage.num_prompts, mesh)
@@ -143,7 +142,7 @@ def _fresh(experiment: Experiment, index: int, params: Any, step: jax.Array, key
     assert isinstance(stage, Reinforce), f"stage {index} has no training state"
     return new_stage(
         params, step, key, stage.objective, stage.optimizer, stage.reference, stage.sampler,
-        experiment.task.reward_weights,
+        experiment.reward_weights(stage),
     )  # fmt: skip
 
 
@@ -317,7 +316,8 @@ class Run:
                 raise ValueError(f"step {pending.step}: {name.removeprefix('error/')}: {value:g}")
         now = time.perf_counter()
         seconds, self._written = now - max(pending.began, self._written), now
-        tokens = metrics["response_length/mean"] * stage.num_prompts * stage.num_generations
+        rows = stage.num_prompts * stage.num_generations * (1.0 - metrics.get("dynamic/padded_fraction", 0.0))
+        tokens = metrics.get("response_length/mean", 0.0) * rows
         self._writer.write(pending.step, {"stage": stage.name, **metrics})
         timing = {"seconds": seconds, "tokens": tokens, "compilations": num_compilations()}
         timing |= {f"reward_rows/{name}": count for name, count in workers.counters().items()}

@@ -134,7 +134,7 @@ class _Past:
         shardings = jax.tree.map(lambda x: x.sharding, state_template(self.experiment, self.policy, self.mesh, index))
         fresh = functools.partial(
             new_stage, objective=stage.objective, optimizer=stage.optimizer, reference=stage.reference,
-            sampler=stage.sampler,
+            sampler=stage.sampler, reward_weights=self.experiment.reward_weights(stage),
         )  # fmt: skip
         count = jax.device_put(np.int32(start), replicated(self.mesh))
         return jax.jit(fresh, out_shardings=shardings)(params, count, self.key), start

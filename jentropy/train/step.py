@@ -33,6 +33,7 @@ from jentropy.base import (
 )
 from jentropy.samplers import Sampler, Statistics
 from jentropy.train.optimizer import AdamW, apply_optimizer, compiled_part
+from jentropy.train.rollout_metrics import rollout_metrics
 from jentropy.train.scoring import Scorer, make_scorer, score_rows, to_micro
 from jentropy.train.sharding import constrain_rows
 from jentropy.train.state import TrainState, state_shardings
@@ -273,47 +274,6 @@ def _minibatch_rows(group: Array, num_minibatches: int, num_epochs: int, num_gro
         return by_group[jax.random.permutation(epoch_key, num_groups)].reshape((num_minibatches, -1))
 
     return jax.vmap(epoch)(jax.random.split(key, num_epochs)).reshape((num_minibatches * num_epochs, -1))
-
-
-def _temperature(rows: Rollouts) -> Metrics:
-    """The mean temperature of the response tokens, where it is the sampler's."""
-    if "temperature" not in rows.token_data:
-        return {}
-    temperature = rows.token_data["temperature"]
-    total = stats.masked_sum(temperature, rows.loss_mask)
-    return {"sampler/temperature": (total, jnp.sum(rows.loss_mask, dtype=temperature.dtype))}
-
-
-def rollout_metrics(rows: Rollouts, scores: Quantities, advantage: Array) -> Metrics:
-    """What is known of a rollout before its updates, as `(sum, count)`.
-
-    `actor/entropy` is the mean over tokens of the full-vocabulary entropy at the sampling temperature (verl, TRL);
-    `entropy/sequence_mean` averages each response first (arXiv 2505.22617, the x axis of the law). `cov/mean` is the
-    token covariance of log-probability and advantage over the rollout. `critic/score/mean` is the mean over valid rows
-    of the sum of their rewards (verl). Lengths are those before overlong filtering.
-    """
-    mask, one = rows.loss_mask, jnp.ones((), advantage.dtype)
-    tokens, lengths = stats.masked_sum(mask.astype(advantage.dtype), mask), jnp.sum(mask, axis=1)
-    entropy = jnp.where(mask, scores["entropy"], 0.0)
-    nonempty = lengths > 0
-    per_row = jnp.sum(entropy, axis=1) / jnp.maximum(lengths, 1).astype(entropy.dtype)
-    mismatch = jnp.where(mask, jnp.abs(rows.logp_old - rows.logp_sampler), 0.0)
-    num_rows = jnp.sum(nonempty).astype(advantage.dtype)
-    sampled = rows.row_data.get("response_length", lengths)
-    rewards = jnp.where(outcome.valid_rewards(rows), rows.rewards, 0.0)
-    return {
-        "actor/entropy": (jnp.sum(entropy), tokens),
-        "entropy/sequence_mean": (jnp.sum(jnp.where(nonempty, per_row, 0.0)), num_rows),
-        "cov/mean": (stats.masked_covariance(scores["log_prob"], advantage, mask), one),
-        "sampler/logp_diff_max": (jnp.max(mismatch), one),
-        "sampler/logp_diff_relative": (jnp.max(mismatch / jnp.maximum(jnp.abs(rows.logp_old), 1.0)), one),
-        "sampler/logp_diff_mean": (jnp.sum(mismatch), tokens),
-        "critic/score/mean": (jnp.sum(rewards), jnp.sum(outcome.valid_rows(rows), dtype=rewards.dtype)),
-        "response_length/mean": (jnp.sum(sampled).astype(advantage.dtype), one * mask.shape[0]),
-        "response_length/max": (jnp.max(sampled).astype(advantage.dtype), one),
-        "response_length/min": (jnp.min(sampled).astype(advantage.dtype), one),
-        **_temperature(rows),
-    }
 
 
 def _advanced(spec: StepSpec, state: TrainState, rows: Rollouts, scores: Quantities) -> Any:

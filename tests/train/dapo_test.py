@@ -199,7 +199,7 @@ def stepper(config, index=1):
     stage, policy, mesh = experiment.stages[index], transformer(experiment.policy), make_mesh(MeshShape())
     key = jax.random.key(experiment.seed)
     step = loop.Stepper(experiment, stage, policy, mesh, jax.random.fold_in(key, SAMPLING))
-    return step, loop._fresh(stage, jax.jit(policy.init)(jax.random.key(1)), jnp.int32(0), key), experiment
+    return step, loop._fresh(experiment, index, jax.jit(policy.init)(jax.random.key(1)), jnp.int32(0), key), experiment
 
 
 def test_the_batch_names_the_prompts_that_were_kept():
@@ -263,7 +263,15 @@ def test_a_run_of_padding_alone_goes_on(tmp_path):
     train(config, tmp_path / "run")
     lines = rollout_lines(tmp_path / "run")
     assert len(lines) == LAST + 1 and all(line[SKIPPED] == 0 for line in lines)
-    assert any(line["dynamic/padded_fraction"] == 1 and "actor/entropy" not in line for line in lines)
+    empty = [line for line in lines if line["dynamic/padded_fraction"] == 1]
+    assert 0 < len(empty) < len(lines)
+    for line in lines:
+        assert ("actor/entropy" in line) == ("response_length/mean" in line) == (line not in empty)
+        assert line in empty or line["response_length/min"] >= 1
+    tokens = [line["tokens"] for line in read_metrics(tmp_path / "run" / "timing.jsonl")]
+    for line, found in zip(lines, tokens, strict=True):
+        rows = GROUPS * SIZE * (1 - line["dynamic/padded_fraction"])
+        assert found == pytest.approx(rows * line.get("response_length/mean", 0))
     assert not (tmp_path / "run" / "quarantine").exists()
 
 
@@ -330,3 +338,15 @@ def test_eight_devices_keep_the_groups_that_one_keeps(tmp_path):
     assert max(found["rounds"]) > 1
     assert found["example_id"] == wanted["example_id"] and found["rounds"][0] == wanted["rounds"][0]
     np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_those_of_all_columns():
+    """A grader that weighs .5, and a shaping reward after it."""
+    experiment = config_lib.build(dapo())
+    stage = experiment.stages[1]
+    assert experiment.reward_weights(stage) is None
+    half = dataclasses.replace(experiment.task.rewards[0], weight=0.5)
+    weighted = dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, rewards=(half,)))
+    assert weighted.reward_weights(stage) == (0.5, 1.0)
+    template = loop.state_template(weighted, transformer(experiment.policy), make_mesh(MeshShape()), 1)
+    assert template.estimator_state.reward_weights.shape == (2,)
