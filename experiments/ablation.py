@@ -335,7 +335,7 @@ def finish(args: argparse.Namespace, studies: Sequence[Study], heading: str, abo
     0 done, 1 a run failed that may not fail again, 2 a bad argument, config or folder, 75 stopped by a signal.
     """
     tasks = {task.out: task for each in studies for runs in each.tasks.values() for task in runs.values()}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not args.no_run:
             make_runs(list(tasks.values()), args.jobs or default_jobs())
@@ -345,6 +345,8 @@ def finish(args: argparse.Namespace, studies: Sequence[Study], heading: str, abo
     except (KeyboardInterrupt, PreemptedError):
         print("stopped; the same command goes on", file=sys.stderr)
         return PreemptedError.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, before)
     text = document(heading, about, studies, shlex.join(["python", *sys.argv]))
     print(text)
     if args.write:
