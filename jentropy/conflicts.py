@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jentropy import normalisers, surrogates
+from jentropy.advantages.grpo import grpo
 from jentropy.base import Objective
 from jentropy.compose import Part, parts
 
@@ -21,11 +22,10 @@ class Conflict(NamedTuple):
 
 
 class _Chain(NamedTuple):
-    """The mechanisms of an objective in order, and its other parts by the names of their modules and functions."""
+    """An objective, the mechanisms of it in order, the module of its estimator."""
 
     parts: tuple[Part, ...]
     estimator: str
-    surrogate: str
     objective: Objective
 
     def count(self, *methods: str) -> int:
@@ -40,7 +40,9 @@ class _Chain(NamedTuple):
 _REGULATORS = ("adaptive_entropy", "siren")
 _ADVANTAGE = ("entropy_advantage", "semantic_entropy")
 _SELECTORS = ("clip_cov", "kl_cov", "steer", "ce_gppo")
-_ROW_MEANS = (normalisers.sequence_mean_token_mean, normalisers.sequence_mean_token_sum)
+_GRPO_WITHOUT_STD = [grpo(scale_rewards="none", singleton=single).estimate for single in ("zero", "raw")]
+_GSPO: type = type(surrogates.gspo())
+_DUAL_CLIP: type = type(surrogates.dual_clip())
 
 
 def _two_of_a_kind(chain: _Chain) -> Conflict | None:
@@ -96,7 +98,7 @@ def _two_covariance_methods(chain: _Chain) -> Conflict | None:
 
 def _unstandardised_band(chain: _Chain) -> Conflict | None:
     flat = chain.estimator in ("rloo", "reinforce", "remax", "opo", "qae", "raft")
-    flat |= chain.estimator == "grpo" and _scale(chain.objective) == "none"
+    flat |= chain.objective.estimator.estimate in _GRPO_WITHOUT_STD
     if not (flat and chain.count("clip_cov")):
         return None
     return Conflict(
@@ -105,13 +107,8 @@ def _unstandardised_band(chain: _Chain) -> Conflict | None:
     )
 
 
-def _scale(objective: Objective) -> str:
-    estimate = objective.estimator.estimate
-    return str(vars(estimate).get("scale_rewards", "")) if hasattr(estimate, "__dict__") else ""
-
-
 def _sequence_ratio(chain: _Chain) -> Conflict | None:
-    if chain.surrogate != "gspo":
+    if not isinstance(chain.objective.surrogate, _GSPO):
         return None
     if chain.objective.normaliser is not normalisers.sequence_mean_token_mean:
         return Conflict("gspo is defined with the normaliser sequence_mean_token_mean")
@@ -125,9 +122,11 @@ def _sequence_ratio(chain: _Chain) -> Conflict | None:
 
 
 def _penalty_on_another_ratio(chain: _Chain) -> Conflict | None:
-    if chain.surrogate in ("ratio", "dual_clip") or not chain.count("kl_cov", "clip_cov", "ce_gppo"):
+    surrogate = chain.objective.surrogate
+    token_ratio = surrogate is surrogates.ratio or isinstance(surrogate, _DUAL_CLIP)
+    if token_ratio or not chain.count("kl_cov", "clip_cov", "ce_gppo"):
         return None
-    return Conflict(f"clip_cov, kl_cov and ce_gppo are defined for the token ratio, not for {chain.surrogate}")
+    return Conflict("clip_cov, kl_cov and ce_gppo are defined for surrogates.ratio and dual_clip")
 
 
 _RULES: Sequence[Callable[[_Chain], Conflict | None]] = (
@@ -145,12 +144,6 @@ _RULES: Sequence[Callable[[_Chain], Conflict | None]] = (
 )
 
 
-def _surrogate_name(objective: Objective) -> str:
-    surrogate = objective.surrogate
-    name = getattr(surrogate, "__name__", type(surrogate).__name__)
-    return {"_DualClip": "dual_clip", "_Gspo": "gspo", "_Cispo": "cispo"}.get(name, name)
-
-
 def find(objective: Objective) -> list[Conflict]:
     """What in an objective does not go together.
 
@@ -158,7 +151,7 @@ def find(objective: Objective) -> list[Conflict]:
       objective: the method.
     """
     estimator = objective.estimator.estimate.__module__.rpartition(".")[2]
-    chain = _Chain(parts(objective.mechanisms), estimator, _surrogate_name(objective), objective)
+    chain = _Chain(parts(objective.mechanisms), estimator, objective)
     found = (rule(chain) for rule in _RULES)
     return [conflict for conflict in found if conflict is not None]
 

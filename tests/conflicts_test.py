@@ -9,10 +9,14 @@ from jentropy.advantages.grpo import grpo
 from jentropy.advantages.rloo import rloo
 from jentropy.base import Objective
 from jentropy.compose import blockwise, chain, parts, quantity, stateless
+from jentropy.mechanisms.adaptive_entropy import adaptive_entropy
+from jentropy.mechanisms.ce_gppo import ce_gppo
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
+from jentropy.mechanisms.entropy_advantage import entropy_advantage
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
 from jentropy.mechanisms.kl_cov import kl_cov
+from jentropy.mechanisms.siren import siren
 
 
 def objective(estimator=None, surrogate=surrogates.ratio, normaliser=normalisers.token_mean, **mechanisms):
@@ -34,6 +38,9 @@ FINE = {
     "grpo": objective(clip_range=clip_range()),
     "clip_cov": objective(clip_range=clip_range(), clip_cov=clip_cov(), entropy_bonus=entropy_bonus()),
     "kl_cov": objective(clip_range=clip_range(), kl_cov=kl_cov()),
+    "gspo": objective(
+        None, surrogates.gspo(), normalisers.sequence_mean_token_mean, a=clip_range(epsilon_low=3e-4, epsilon_high=4e-4)
+    ),
     "own": objective(mine=stateless(_identity, terms={"entropy": quantity("entropy")})),
 }
 WARNED = {
@@ -41,10 +48,19 @@ WARNED = {
     "clip after kl_cov": (objective(a=kl_cov(), b=clip_range()), "clips the ratio again"),
     "unstandardised": (objective(rloo(), a=clip_range(), b=clip_cov()), "band of covariances is absolute"),
     "dr_grpo": (objective(grpo(scale_rewards="none"), a=clip_cov()), "band of covariances is absolute"),
-    "no token ratio": (objective(surrogate=surrogates.reinforce, a=kl_cov()), "defined for the token ratio"),
+    "gspo and 0.2": (
+        objective(None, surrogates.gspo(), normalisers.sequence_mean_token_mean, a=clip_range()),
+        "does not clip the ratio",
+    ),
+    "gspo and token_mean": (objective(surrogate=surrogates.gspo()), "sequence_mean_token_mean"),
+    "shaping after covariance": (objective(a=clip_cov(), b=entropy_advantage()), "already read the advantage"),
+    "nothing to preserve": (objective(a=ce_gppo()), "does nothing"),
+    "bonus and regulator": (objective(a=adaptive_entropy(), b=entropy_bonus()), "pulls the entropy away"),
+    "no token ratio": (objective(surrogate=surrogates.reinforce, a=kl_cov()), "are defined for surrogates.ratio"),
 }
 REFUSED = {
     "twice": (objective(a=clip_cov(), b=clip_cov()), "clip_cov stands in the chain twice"),
+    "two regulators": (objective(a=siren(), b=adaptive_entropy()), "target of their own"),
     "late bounds": (objective(a=clip_cov(), b=clip_range()), "clip_range stands behind clip_cov"),
     "late bounds in a block": (objective(a=blockwise(clip_cov(), rows=2), b=clip_range()), "stands behind clip_cov"),
 }

@@ -274,7 +274,12 @@ class Run:
             for n in range(done, stage.steps):
                 if n == done or n % self.experiment.evaluation.every == 0:
                     pending = self._write(stage, pending)
+                    offset = self._writer.offset()
                     self._evaluate(stage, state.params, start + n, write=n % self.experiment.evaluation.every == 0)
+                    if self._stop.requested:  # the next step may have to be compiled first
+                        if start + n not in self._checkpoints.all_steps():
+                            self._save(index, n, state, offset)
+                        self._stop.check(start + n)
                 began = time.perf_counter()
                 self._watchdog.beat()
                 state, metrics, batch = stepper(state, start + n)
@@ -326,11 +331,13 @@ class Run:
         self._bar.update(pending.step + 1, reward=reward, entropy=metrics.get("actor/entropy", math.nan))
         self._quarantine.observe(pending.step, stage.name, metrics, pending.batch)
 
-    def _save(self, index: int, stage_step: int, state: TrainState) -> None:
+    def _save(self, index: int, stage_step: int, state: TrainState, offset: int | None = None) -> None:
+        """Commits a checkpoint; a run resumed from it goes on after `offset` bytes of metrics, by default all."""
         self._watchdog.beat("checkpoint")
         step = int(jax.device_get(state.step))
         metadata = {
-            "stage": index, "stage_step": stage_step, "step": step, "metrics_offset": self._writer.offset(),
+            "stage": index, "stage_step": stage_step, "step": step,
+            "metrics_offset": self._writer.offset() if offset is None else offset,
         }  # fmt: skip
         self._checkpoints.save(step, state, metadata)
 
