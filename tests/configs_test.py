@@ -12,6 +12,7 @@ from jentropy import config as config_lib
 from jentropy import embedded
 from jentropy.policy.transformer import transformer
 from jentropy.rollout.iid import RolloutSpec
+from jentropy.samplers import plain
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
 from jentropy.train.loop import state_template
 from jentropy.train.programs import make_rollout
@@ -44,7 +45,7 @@ def specs(built: Experiment) -> list[StepSpec]:
     return [
         make_spec(
             transformer(built.policy), stage.objective, stage.optimizer, reference=stage.reference,
-            num_minibatches=stage.num_minibatches, num_epochs=stage.num_epochs,
+            num_minibatches=stage.num_minibatches, num_epochs=stage.num_epochs, sampler=stage.sampler,
         )
         for stage in policy_gradient_stages(built)
     ]  # fmt: skip
@@ -89,14 +90,16 @@ def test_shapes_fit_from_prompts_to_the_next_state(path):
     for stage, spec in zip(policy_gradient_stages(built), specs(built), strict=True):
         sampler = RolloutSpec(
             stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
-            stage.objective.temperature, task.rewards, required=stage.required,
+            stage.objective.temperature, task.rewards, sampler=stage.sampler or plain(), required=stage.required,
+            answer_id=task.answer_id,
         )  # fmt: skip
         column = jax.ShapeDtypeStruct((stage.num_prompts,), np.int32)
         prompts = jax.ShapeDtypeStruct((stage.num_prompts, task.prompt_columns), np.int32)
         state = state_template(built, policy, mesh, built.stages.index(stage))
         fields = {"answer": column, "num_digits": column}
         rollout = make_rollout(policy, sampler, mesh)
-        rows, _ = jax.eval_shape(rollout, state.params, key, column.update(shape=()), prompts, column, fields)
+        batch = prompts, column, fields, state.decode_state
+        rows, _ = jax.eval_shape(rollout, state.params, key, column.update(shape=()), *batch)
         assert rows.tokens.shape == (256, 14)
         after, metrics = jax.eval_shape(make_train_step(spec, stage.num_prompts, mesh), state, rows)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
