@@ -8,6 +8,7 @@ overlong buffer is the last one, and costs .1 instead of 1. Rewards of evaluatio
 
 Command:  jentropy train experiments/configs/law_dapo.py --out runs/law_dapo
 Hardware: two CPU cores. Cost: about two minutes; all law_* configs share one warm start.
+Expected: held-out reward .42 -> .99, entropy .75 -> .01 nats (one run).
 """
 
 import fiddle as fdl

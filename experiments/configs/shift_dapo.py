@@ -8,6 +8,7 @@ so the overlong buffer is the last one, and costs .1 instead of 1. Rewards of ev
 
 Command:  jentropy train experiments/configs/shift_dapo.py --out runs/shift_dapo
 Hardware: two CPU cores. Cost: about three minutes; all shift_* configs share one warm start.
+Expected: held-out reward .9 ninety rollouts after the shift, .99 at the end (one run).
 """
 
 import fiddle as fdl

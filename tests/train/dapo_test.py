@@ -33,8 +33,9 @@ from jentropy.train.metrics import read_metrics
 from jentropy.train.programs import SAMPLING, make_rollout
 from jentropy.train.quarantine import SKIPPED
 from jentropy.train.replay import replay
-from jentropy.train.sharding import MeshShape, make_mesh
+from jentropy.train.sharding import MeshShape, make_mesh, replicated
 from jentropy.train.signals import PreemptedError
+from jentropy.train.warm_start import init_params
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -194,12 +195,14 @@ def test_without_a_group_to_drop_it_is_the_plain_run(plain, tmp_path, monkeypatc
 
 
 def stepper(config, index=1):
-    """The stepper of a stage, and a state to step from."""
+    """The stepper of a stage, and a state to step from, laid out as in a run."""
     experiment = config_lib.build(config)
     stage, policy, mesh = experiment.stages[index], transformer(experiment.policy), make_mesh(MeshShape())
-    key = jax.random.key(experiment.seed)
+    key, zero = jax.device_put((jax.random.key(experiment.seed), np.int32(0)), replicated(mesh))
+    shardings = jax.tree.map(lambda x: x.sharding, loop.state_template(experiment, policy, mesh, index))
+    fresh = jax.jit(lambda params: loop._fresh(experiment, index, params, zero, key), out_shardings=shardings)
     step = loop.Stepper(experiment, stage, policy, mesh, jax.random.fold_in(key, SAMPLING))
-    return step, loop._fresh(experiment, index, jax.jit(policy.init)(jax.random.key(1)), jnp.int32(0), key), experiment
+    return step, fresh(init_params(policy, 1, mesh)), experiment
 
 
 def test_the_batch_names_the_prompts_that_were_kept():
