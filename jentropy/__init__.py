@@ -3,8 +3,19 @@
 The public door. `jentropy.base` has the types and is the file to read first.
 """
 
+from jentropy.advantages.gdpo import gdpo as gdpo
 from jentropy.advantages.grpo import grpo as grpo
+from jentropy.advantages.opo import opo as opo
+from jentropy.advantages.qae import qae as qae
+from jentropy.advantages.raft import raft as raft
+from jentropy.advantages.raft import reinforce_rej as reinforce_rej
+from jentropy.advantages.reinforce import reinforce as reinforce
+from jentropy.advantages.reinforce_pp import reinforce_pp as reinforce_pp
+from jentropy.advantages.reinforce_pp import reinforce_pp_baseline as reinforce_pp_baseline
+from jentropy.advantages.remax import remax as remax
 from jentropy.advantages.rloo import rloo as rloo
+from jentropy.aliases import loss_agg_mode as loss_agg_mode
+from jentropy.aliases import loss_type as loss_type
 from jentropy.base import ENTROPY as ENTROPY
 from jentropy.base import LOG_PROB as LOG_PROB
 from jentropy.base import Estimator as Estimator
@@ -25,13 +36,27 @@ from jentropy.compose import quantity as quantity
 from jentropy.compose import stateless as stateless
 from jentropy.head import linear_scores as linear_scores
 from jentropy.head import pair_scores as pair_scores
+from jentropy.mechanisms.adaptive_entropy import adaptive_entropy as adaptive_entropy
+from jentropy.mechanisms.ce_gppo import ce_gppo as ce_gppo
 from jentropy.mechanisms.clip_cov import clip_cov as clip_cov
 from jentropy.mechanisms.clip_range import clip_range as clip_range
+from jentropy.mechanisms.entropy_advantage import entropy_advantage as entropy_advantage
 from jentropy.mechanisms.entropy_bonus import entropy_bonus as entropy_bonus
+from jentropy.mechanisms.importance_correction import importance_correction as importance_correction
+from jentropy.mechanisms.importance_correction import rejection as rejection
 from jentropy.mechanisms.kl_cov import kl_cov as kl_cov
 from jentropy.mechanisms.kl_reference import kl_reference as kl_reference
+from jentropy.mechanisms.semantic_entropy import semantic_entropy as semantic_entropy
+from jentropy.mechanisms.siren import siren as siren
+from jentropy.mechanisms.steer import steer as steer
+from jentropy.mechanisms.top_entropy import top_entropy as top_entropy
 from jentropy.normalisers import fixed_length as fixed_length
 from jentropy.normalisers import sequence_mean_token_mean as sequence_mean_token_mean
 from jentropy.normalisers import sequence_mean_token_sum as sequence_mean_token_sum
 from jentropy.normalisers import token_mean as token_mean
 from jentropy.normalisers import token_sum as token_sum
+from jentropy.surrogates import cispo as cispo
+from jentropy.surrogates import dual_clip as dual_clip
+from jentropy.surrogates import gspo as gspo
+from jentropy.surrogates import ratio as ratio
+from jentropy.surrogates import sequence_ratio as sequence_ratio
