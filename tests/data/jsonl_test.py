@@ -149,6 +149,12 @@ def test_a_task_of_characters(file):
     assert batch.fields["answer"].dtype == np.int32 and set(batch.fields) == {"answer", "note", "part"}
 
 
+def test_the_answer_of_a_completion_is_taken_from_its_text(file):
+    found = task(file)
+    assert found.answer_id is None and found.has_answers
+    assert found.final_answer is not None and found.final_answer("so the answer is 42.") == "42"
+
+
 def test_the_bucket(file):
     assert task(file, prompt_columns=5).prompt_columns == 5
     with pytest.raises(ValueError, match=r"train_sums: prompt of row \d+ has 5 tokens, not 1 to 4"):

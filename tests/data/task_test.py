@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jentropy.data import chain_sum, task
+from jentropy.rewards import answers
 
 
 def _split_arrays(config: str, split: str, data_dir: str | None) -> dict[str, np.ndarray]:
@@ -34,6 +35,12 @@ def test_rewards_by_name():
     both = ["chain_sum", "legal_chain"]
     assert names == {"device": both[:1], "text": both[:1], "device+chain": both, "text+chain": both}
     assert task.chain_sum_task().rewards == task.chain_sum_task(reward="device").rewards
+
+
+def test_tasks_say_what_the_answer_of_a_response_is():
+    assert _task().answer_id is answers.chain_sum_id and _task().has_answers
+    assert not _task(answer_id=None).has_answers
+    assert _task(answer_id=None, final_answer=answers.final_answer).has_answers
 
 
 def test_unknown_reward_and_prefix():
