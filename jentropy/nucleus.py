@@ -59,6 +59,7 @@ def nucleus_entropies(
     bias: Array | None = None,
     vocab_mask: Array | None = None,
     num_chunks: int | None = None,
+    num_blocks: int | None = None,
 ) -> tuple[Array, ...]:
     """Entropy of the distribution restricted to each kind of nucleus and renormalised there.
 
@@ -73,35 +74,40 @@ def nucleus_entropies(
       temperature: scalar or `[...]`, above 0; not differentiated.
       bias: optional `[V]` float, finite.
       vocab_mask: optional bool `[V]`, False for ids that the policy cannot produce: never in a nucleus.
-      num_chunks: into how many pieces the rows are cut forward, and the vocabulary backward. By default as in
-        `head.linear_scores`, but in chunks of half the size, since more arrays are alive at once.
+      num_chunks: into how many pieces the vocabulary is cut backward. By default as in `head.linear_scores`, but in
+        chunks of half the size, since more arrays are alive at once.
+      num_blocks: into how many pieces the rows are cut forward; by default as many, but of at least 32 rows.
 
     Returns:
       One array `[...]` per kind, nats, at least 0; gradients go to `hidden`, `unembed` and `bias`.
 
     Raises:
-      ValueError: a mass is outside (0, 1] or the number of chunks outside [1, V].
+      ValueError: a mass is outside (0, 1], the number of chunks outside [1, V] or that of blocks below 1.
     """
     for kind in kinds:
         require(0.0 < kind.mass <= 1.0, "mass", kind.mass, "in (0, 1]")
     leading = hidden.shape[:-1]
+    num_rows = math.prod(leading)
     chex.assert_rank(unembed, 2)
     if num_chunks is None:
-        num_chunks = default_num_chunks(math.prod(leading), unembed.shape[0], chunk_size=2048)
+        num_chunks = default_num_chunks(num_rows, unembed.shape[0], chunk_size=2048)
+    if num_blocks is None:
+        num_blocks = min(num_chunks, max(num_rows // 32, 1))
+    require(num_blocks >= 1, "num_blocks", num_blocks, "at least 1")
     head = make_head(hidden, unembed, bias, temperature, vocab_mask, num_chunks)
-    entropies: tuple[Array, ...] = _nucleus_entropies(kinds, head)
+    entropies: tuple[Array, ...] = _nucleus_entropies(kinds, num_blocks, head)
     return tuple(entropy.reshape(leading) for entropy in entropies)
 
 
 def _by_blocks(function: Callable[[Any], Any], rows: Any, num_blocks: int) -> Any:
-    """`function` on `num_blocks` blocks of rows, or up to four times as many if that divides the rows; joined.
+    """`function` on `num_blocks` blocks of rows, or up to twice as many if that divides the rows; joined.
 
     The blocks are strided, so that rows sharded over devices stay where they are.
     """
     num_rows = jax.tree.leaves(rows)[0].shape[0]
     if num_blocks == 1 or num_rows <= 1:
         return function(rows)
-    num_blocks = next((n for n in range(num_blocks, 4 * num_blocks + 1) if num_rows % n == 0), num_blocks)
+    num_blocks = next((n for n in range(num_blocks, 2 * num_blocks + 1) if num_rows % n == 0), num_blocks)
     size = -(-num_rows // num_blocks)
 
     def cut(x: Array) -> Array:
@@ -135,12 +141,12 @@ def _weight(z: Array, shift: Array) -> tuple[Array, Array]:
     return x, jnp.where(z <= LOG_ZERO, 0.0, jnp.exp(x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nucleus_entropies(kinds: tuple[NucleusKind, ...], head: Head) -> tuple[Array, ...]:
-    return _forward(kinds, head)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _nucleus_entropies(kinds: tuple[NucleusKind, ...], num_blocks: int, head: Head) -> tuple[Array, ...]:
+    return _forward(kinds, num_blocks, head)[0]
 
 
-def _forward(kinds: tuple[NucleusKind, ...], head: Head) -> tuple[tuple[Array, ...], tuple]:
+def _forward(kinds: tuple[NucleusKind, ...], num_blocks: int, head: Head) -> tuple[tuple[Array, ...], tuple]:
     flat = _flat(head)
 
     def find(rows: tuple[Array, Array]) -> tuple[Array, tuple[_Inside, ...]]:
@@ -154,12 +160,12 @@ def _forward(kinds: tuple[NucleusKind, ...], head: Head) -> tuple[tuple[Array, .
             found.append(_Inside(nucleus, kept.sum(1), (kept * x).sum(1)))
         return shift, tuple(found)
 
-    shift, insides = _by_blocks(find, (head.hidden, head.temperature), head.num_chunks)
+    shift, insides = _by_blocks(find, (head.hidden, head.temperature), num_blocks)
     return tuple(inside.entropy() for inside in insides), (head, shift, insides)
 
 
-def _backward(kinds: tuple[NucleusKind, ...], residuals: tuple, g: tuple[Array, ...]) -> tuple[Head]:
-    del kinds
+def _backward(kinds: tuple[NucleusKind, ...], num_blocks: int, residuals: tuple, g: tuple[Array, ...]) -> tuple[Head]:
+    del kinds, num_blocks
     head, shift, insides = residuals
 
     def step(gradient: Gradient, i: Array | int) -> Gradient:

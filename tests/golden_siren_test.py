@@ -62,7 +62,7 @@ def released_and_gradient(logits, cotangent, mass):
     found = []
     for function in (
         lambda z: features.nucleus_entropy_released(z, mass),
-        lambda z: nucleus_entropies(z, eye, kinds, num_chunks=7)[0],
+        lambda z: nucleus_entropies(z, eye, kinds, num_chunks=7, num_blocks=3)[0],
     ):
         entropy, vjp = jax.vjp(function, logits)
         found.append((entropy, vjp(cotangent)[0]))
