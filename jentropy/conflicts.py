@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jentropy import normalisers, surrogates
 from jentropy.advantages.grpo import grpo
+from jentropy.advantages.qae import qae
 from jentropy.base import Objective
 from jentropy.compose import Part, parts
 
@@ -40,7 +41,8 @@ class _Chain(NamedTuple):
 _REGULATORS = ("adaptive_entropy", "siren")
 _ADVANTAGE = ("entropy_advantage", "semantic_entropy")
 _SELECTORS = ("clip_cov", "kl_cov", "steer", "ce_gppo")
-_GRPO_WITHOUT_STD = [grpo(scale_rewards="none", singleton=single).estimate for single in ("zero", "raw")]
+_WITHOUT_STD = [grpo(scale_rewards="none", singleton=single).estimate for single in ("zero", "raw")]
+_WITHOUT_STD += [qae(scale_rewards="none", baseline=baseline).estimate for baseline in ("paper", "linear", "lower")]
 _GSPO: type = type(surrogates.gspo())
 _DUAL_CLIP: type = type(surrogates.dual_clip())
 
@@ -97,8 +99,8 @@ def _two_covariance_methods(chain: _Chain) -> Conflict | None:
 
 
 def _unstandardised_band(chain: _Chain) -> Conflict | None:
-    flat = chain.estimator in ("rloo", "reinforce", "remax", "opo", "qae", "raft")
-    flat |= chain.objective.estimator.estimate in _GRPO_WITHOUT_STD
+    flat = chain.estimator in ("rloo", "reinforce", "remax", "opo", "raft")
+    flat |= chain.objective.estimator.estimate in _WITHOUT_STD
     if not (flat and chain.count("clip_cov")):
         return None
     return Conflict(
@@ -108,10 +110,13 @@ def _unstandardised_band(chain: _Chain) -> Conflict | None:
 
 
 def _sequence_ratio(chain: _Chain) -> Conflict | None:
-    if not isinstance(chain.objective.surrogate, _GSPO):
+    is_gspo = isinstance(chain.objective.surrogate, _GSPO)
+    if not is_gspo and chain.objective.surrogate is not surrogates.sequence_ratio:
         return None
     if chain.objective.normaliser is not normalisers.sequence_mean_token_mean:
-        return Conflict("gspo is defined with the normaliser sequence_mean_token_mean")
+        return Conflict("gspo and sequence_ratio are defined with the normaliser sequence_mean_token_mean")
+    if not is_gspo:
+        return None
     wide = [p for p in chain.parts if p.method == "clip_range" and 0.05 < float(p.state.epsilon_high) < float("inf")]
     if not wide:
         return None

@@ -6,6 +6,7 @@ import pytest
 
 from jentropy import conflicts, normalisers, surrogates
 from jentropy.advantages.grpo import grpo
+from jentropy.advantages.qae import qae
 from jentropy.advantages.rloo import rloo
 from jentropy.base import Objective
 from jentropy.compose import blockwise, chain, parts, quantity, stateless
@@ -41,12 +42,15 @@ FINE = {
     "gspo": objective(
         None, surrogates.gspo(), normalisers.sequence_mean_token_mean, a=clip_range(epsilon_low=3e-4, epsilon_high=4e-4)
     ),
+    "qae": objective(qae(scale_rewards="group"), a=clip_cov()),
     "own": objective(mine=stateless(_identity, terms={"entropy": quantity("entropy")})),
 }
 WARNED = {
     "kl_cov and clip_cov": (objective(a=clip_cov(), b=kl_cov()), "same tokens"),
     "clip after kl_cov": (objective(a=kl_cov(), b=clip_range()), "clips the ratio again"),
     "unstandardised": (objective(rloo(), a=clip_range(), b=clip_cov()), "band of covariances is absolute"),
+    "qae": (objective(qae(), a=clip_cov()), "band of covariances is absolute"),
+    "sequence ratio": (objective(surrogate=surrogates.sequence_ratio), "sequence_mean_token_mean"),
     "dr_grpo": (objective(grpo(scale_rewards="none"), a=clip_cov()), "band of covariances is absolute"),
     "gspo and 0.2": (
         objective(None, surrogates.gspo(), normalisers.sequence_mean_token_mean, a=clip_range()),
