@@ -5,8 +5,9 @@
 
 A method is a config `experiments/configs/{shift,law}_<method>.py`; a new one is found by its name, and called what the
 first line of its docstring says. Tier 1 are the entropy mechanisms, eight runs each; tier 2 is all the rest, four runs
-each. GRPO is always there. Runs that have finished are kept: called again, it goes on where it stopped. Two cores make
-a run of SHIFT in about half a minute, after a minute per method for compilation.
+each. GRPO is always there. Runs that have finished are kept: called again, it goes on where it stopped. A run of SHIFT
+takes about 40 CPU-seconds, one of LAW 16, and two cores make two at a time; each method is compiled once, in half a
+minute.
 """
 
 import argparse
