@@ -52,7 +52,7 @@ class Supervised:
 class Reinforce:
     """A stage of reinforcement learning on one distribution of prompts.
 
-    Optimizer, mechanisms and estimator start anew with the stage.
+    Optimizer, mechanisms, estimator and sampler start anew with the stage.
 
     Attributes:
       name: of the stage, in metrics and plots.
