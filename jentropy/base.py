@@ -44,7 +44,8 @@ class Rollouts:
       parent: `[B]` int32, the row this one was forked from, -1 for a root.
       fork: `[B]` int32, the first column that the row sampled itself.
       token_data: optional `[B, T]` floats by name, such as `ref_log_prob`, `value`, `temperature`.
-      row_data: optional `[B]` arrays by name, such as `answer_id`, `is_valid`, `truncated`, `accuracy`.
+      row_data: optional `[B, ...]` arrays by name, such as `answer_id`, `is_valid`, `truncated`, `accuracy`, and
+        `reward_is_valid` `[B, R]`: False where one of several graders abstained.
     """
 
     tokens: Array
@@ -122,9 +123,9 @@ class Output(NamedTuple):
     """A per-token quantity `[B, T]` that the policy's forward pass provides.
 
     `name` is one of `log_prob`, `entropy`, `log_normaliser`, `reference_kl` (D_KL(π || reference)),
-    `reference_forward_kl` (D_KL(reference || π)), `nucleus_entropy` (argument: the probability mass p in (0, 1]; entropy
-    of the renormalised smallest set of most probable ids that holds p), `nucleus_entropy_released` (the same without
-    the id that crosses p; 0 for an empty set).
+    `reference_forward_kl` (D_KL(reference || π)), `nucleus_entropy` (argument: the probability mass p in (0, 1]; that of
+    the smallest set of most probable ids that holds p, renormalised), `nucleus_entropy_released` (the same without the
+    id that crosses p; 0 for an empty set).
     """
 
     name: str
