@@ -123,9 +123,9 @@ class Output(NamedTuple):
     """A per-token quantity `[B, T]` that the policy's forward pass provides.
 
     `name` is one of `log_prob`, `entropy`, `log_normaliser`, `reference_kl` (D_KL(π || reference)),
-    `reference_forward_kl` (D_KL(reference || π)), `nucleus_entropy` (argument: the probability mass p in (0, 1]; that of
-    the smallest set of most probable ids that holds p, renormalised), `nucleus_entropy_released` (the same without the
-    id that crosses p; 0 for an empty set).
+    `reference_forward_kl` (D_KL(reference || π)), `nucleus_entropy` (argument: the probability mass p in (0, 1]; that
+    of the smallest set of most probable ids that holds p, renormalised), `nucleus_entropy_released` (the same without
+    the id that crosses p; 0 for an empty set).
     """
 
     name: str
