@@ -28,6 +28,17 @@ def test_batches_are_pure_in_seed_and_step():
     assert (_tokens(weights, 3, 4) != _tokens(weights, 4, 3)).any()
 
 
+def test_a_rollout_has_as_many_batches_as_it_needs():
+    """The first is that of a run that needs one; none is that of another step."""
+    mixture = source.MixtureSource(_SPLITS, {"a": 1.0, "b": 2.0})
+    np.testing.assert_array_equal(mixture.batch(3, 4, 64, 0).tokens, mixture.batch(3, 4, 64).tokens)
+    np.testing.assert_array_equal(mixture.batch(3, 4, 64, 2).tokens, mixture.batch(3, 4, 64, 2).tokens)
+    batches = [mixture.batch(3, step, 64, draw).example_id for step in range(4) for draw in range(4)]
+    assert len({tuple(batch) for batch in batches}) == 16
+    with pytest.raises(ValueError, match="draw must be non-negative, got -1"):
+        mixture.batch(3, 4, 64, -1)
+
+
 def test_smaller_batch_is_a_prefix():
     np.testing.assert_array_equal(_tokens({"b": 1.0}, size=16), _tokens({"b": 1.0}, size=64)[:16])
 

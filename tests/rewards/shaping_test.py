@@ -143,9 +143,10 @@ def test_a_truncated_row_has_no_token_left_and_all_else_is_kept():
     batch = truncated_batch()
     masked = jax.jit(mask_truncated)(batch)
     np.testing.assert_array_equal(masked.loss_mask, np.asarray(batch.loss_mask) & ~TRUNCATED[:, None])
-    for one, other in zip(
-        jax.tree.leaves(masked.replace(loss_mask=None)), jax.tree.leaves(batch.replace(loss_mask=None)), strict=True
-    ):
+    row_data = dict(masked.row_data)
+    np.testing.assert_array_equal(row_data.pop("response_length"), [2, 8, 10, 12])
+    kept = masked.replace(loss_mask=batch.loss_mask, row_data=row_data)
+    for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(batch), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

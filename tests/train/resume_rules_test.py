@@ -94,6 +94,7 @@ def test_equal_configs_leave_an_empty_record():
         ("policy.remat=True", WITH_FLAG),
         ("stages.1.steps=50", WITH_FLAG),
         ("stages.1.num_prompts=8", WITH_FLAG),
+        ("stages.1.mask_truncated=True", WITH_FLAG),
         ("stages.1.objective.temperature=0.9", WITH_FLAG),
         ("stages.1.optimizer.clip_norm=0.5", WITH_FLAG),
         ("seed=1", REFUSED),
