@@ -113,6 +113,8 @@ def iid_rollouts(
     columns = _grade(spec, samples.tokens, samples.response_mask, per_row)
     token_data = {} if samples.temperature is None else {"temperature": samples.temperature}
     row_data = {"truncated": samples.truncated, "is_valid": jnp.ones(row_id.shape, bool)}
+    if len(spec.rewards) > 1 and any(isinstance(reward, TextReward) for reward in spec.rewards):
+        row_data["reward_is_valid"] = jnp.ones((len(row_id), len(spec.rewards)), bool)
     if "answer_id" in spec.required:
         none = jnp.full_like(row_id, -1)
         found = spec.answer_id(samples.tokens, samples.response_mask, per_row) if spec.answer_id else none

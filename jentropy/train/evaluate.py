@@ -73,6 +73,8 @@ def grade_on_host(task: Task, rollouts: Rollouts, prompts: Prompts) -> Rollouts:
                 weighted = np.float32(task.rewards[i].weight) * value[num_rows:]
                 found["greedy_reward"] += np.repeat(weighted, num_rows // num_prompts)
         found["is_valid"] = valid.any(axis=1)
+        shaping = np.ones((num_rows, rewards.shape[1] - valid.shape[1]), bool)
+        found["reward_is_valid"] = np.concatenate([valid, shaping], axis=1)
     rewards = jax.device_put(rewards, rollouts.rewards.sharding)
     row_data = {
         name: jax.device_put(found[name], value.sharding) if name in found else value

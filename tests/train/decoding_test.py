@@ -238,6 +238,19 @@ def test_greedy_rewards_are_weighted_and_may_come_from_host_and_device(both):
     assert rows.rewards.shape == (16, 3) and "answer_id" not in rows.row_data
 
 
+def test_a_grader_that_abstains_is_known_row_by_row():
+    def even(prompts, completions, **fields):
+        return [1.0 if len(completion) % 2 == 0 else None for completion in completions]
+
+    rows, _ = one_step(changed(small_task(DEVICE, TextReward("even", even))))
+    assert rows.row_data["is_valid"].all()
+    length = rows.loss_mask.sum(axis=1)
+    wanted = np.stack([np.ones(16, bool), length % 2 == 0], axis=1)
+    np.testing.assert_array_equal(rows.row_data["reward_is_valid"], wanted)
+    np.testing.assert_array_equal(rows.rewards[:, 1], wanted[:, 1])
+    assert 0 < wanted[:, 1].sum() < 16
+
+
 def test_nothing_is_made_that_is_not_required():
     rows, _ = one_step(changed())
     assert set(rows.row_data) == {"is_valid", "truncated"} and not rows.token_data
