@@ -47,7 +47,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 BASELINE, BASELINE_TITLE = "grpo", "GRPO"
 ENTROPY_MECHANISMS = (
     *("clip_higher", "top_entropy", "clip_cov", "kl_cov", "entropy_bonus", "adaptive_entropy", "siren"),
-    *("entropy_advantage", "semantic_entropy", "entropy_temperature", "qae", "steer", "ce_gppo"),
+    *("entropy_advantage", "semantic_entropy", "entropy_temperature", "e3_temperature", "qae", "steer", "ce_gppo"),
 )
 """Methods of tier 1, as far as they have a config."""
 TIERS = {1: "entropy mechanisms", 2: "estimators, losses, sampling and the rest"}
@@ -111,7 +111,7 @@ SETTINGS = {
     "law": Setting(
         about="{} rollouts from a warm start in which both strategies are likely: there is nothing to explore, and "
         "plain GRPO buys reward with entropy along R = -a exp(H) + b. The ceiling is b - a of the fit to a run's "
-        "evaluations.",
+        "evaluations, mean entropy that of the training prompts of all rollouts.",
         figures=(
             Figure("mean_entropy", "mean entropy of the run", good=False),
             Figure("mean_reward", "mean reward of the run"),
@@ -254,9 +254,10 @@ def _about(study: Study) -> str:
     seeds = sorted({pair[1] for runs in study.tasks.values() for pair in runs})
     text = SETTINGS[study.setting].about.format(*(stage.steps for stage in config.stages[1:]))
     text = (
-        f"{text} Warm starts {sorted(warm_starts)}, seeds {seeds} of reinforcement learning on each. Entropies in nats "
-        f"per token at temperature 1. Rewards along the way: {evaluation.num_prompts} held-out prompts x "
-        f"{evaluation.num_samples} samples every {evaluation.every} rollouts; final figures: "
+        f"{text} Warm starts {sorted(warm_starts)}, seeds {seeds} of reinforcement learning on each. Entropies are in "
+        "nats per token: of training at the temperature of sampling, which is 1 except for methods that steer it, of "
+        f"held-out prompts at temperature 1. Rewards along the way: {evaluation.num_prompts} held-out prompts x {evaluation.num_samples} "
+        f"samples every {evaluation.every} rollouts; final figures: "
         f"{evaluation.final_num_prompts} prompts x {evaluation.num_samples} samples, and one greedy response each."
     )
     return textwrap.fill(text, 120)

@@ -55,6 +55,14 @@ from jentropy.normalisers import sequence_mean_token_mean as sequence_mean_token
 from jentropy.normalisers import sequence_mean_token_sum as sequence_mean_token_sum
 from jentropy.normalisers import token_mean as token_mean
 from jentropy.normalisers import token_sum as token_sum
+from jentropy.samplers import Sampler as Sampler
+from jentropy.samplers import combine as combine
+from jentropy.samplers import e3_temperature as e3_temperature
+from jentropy.samplers import entropy_temperature as entropy_temperature
+from jentropy.samplers import linear_entropy_temperature as linear_entropy_temperature
+from jentropy.samplers import plain as plain
+from jentropy.samplers import top_k as top_k
+from jentropy.samplers import top_p as top_p
 from jentropy.surrogates import cispo as cispo
 from jentropy.surrogates import dual_clip as dual_clip
 from jentropy.surrogates import gspo as gspo

@@ -116,7 +116,7 @@ def test_a_failed_run_is_shown_and_not_made_again(trained, tmp_path, monkeypatch
     text = capsys.readouterr().out
     assert "- `shift_clip_cov-w0-s1`: NumericError: the last 4 rollouts had updates skipped\n" in text
     assert "Not judged, because runs failed or are missing: Clip-Cov (1 of 4)." in text
-    assert "3 of 4" in text and "0.95, failed, 0.95, 0.95" in text and "Better than GRPO: Clip-Cov" not in text
+    assert "3 of 4" in text and "0.95, no result, 0.95, 0.95" in text and "Better than GRPO: Clip-Cov" not in text
     trained.calls.clear()
     assert call(ablation, f"{SMALL} --out {tmp_path}", monkeypatch) == 0
     assert trained.calls == [] and capsys.readouterr().out == text

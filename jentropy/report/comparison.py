@@ -14,7 +14,7 @@ Runs: TypeAlias = Mapping[tuple[int, int], Row | None]
 Results: TypeAlias = Mapping[str, Runs]
 """Runs of each method, by (warm start, seed)."""
 
-NEVER = "never"
+NEVER, NOTHING = "never", "no result"
 WORDS = {True: ("Better", "Worse"), False: ("Higher", "Lower")}
 """What a positive and a negative difference are called, by whether more of the figure is better."""
 
@@ -93,7 +93,7 @@ def mean_rows(results: Results, figures: Sequence[Figure]) -> list[dict[str, Any
     for method, runs in results.items():
         found = _rows(runs)
         number = len(found) if len(found) == len(runs) else f"{len(found)} of {len(runs)}"
-        table.append({"method": method, "runs": number, "half": half_there(runs)})
+        table.append({"method": method, "runs": number, "half": half_there(runs) if found else None})
         table[-1] |= {figure.key: interval_text([row[figure.key] for row in found]) for figure in figures}
     return table
 
@@ -120,11 +120,11 @@ def run_rows(results: Results, texts: Mapping[str, str]) -> list[dict[str, str]]
         return NEVER if row["steps_to_goal"] is None else str(row["steps_to_goal"])
 
     def listed(runs: Runs, key: str, form: str) -> str:
-        values = ["failed" if row is None else row[key] for row in runs.values()]
+        values = [NOTHING if row is None else row[key] for row in runs.values()]
         return ", ".join("none" if x is None else x if isinstance(x, str) else format(x, form) for x in values)
 
     return [
-        {"method": method, "steps": ", ".join("failed" if row is None else steps(row) for row in runs.values())}
+        {"method": method, "steps": ", ".join(NOTHING if row is None else steps(row) for row in runs.values())}
         | {key: listed(runs, key, form) for key, form in texts.items()}
         for method, runs in results.items()
     ]

@@ -124,7 +124,8 @@ def test_tables_count_what_failed():
     assert rows["GRPO"]["runs"] == 8 and rows["GRPO"]["half"] == "20"
     assert rows["GRPO"]["reward"].startswith("0.600 [")
     assert rows["broken"]["runs"] == "7 of 8"
-    assert mean_rows({"none": runs([None, None])}, [REWARD])[0]["reward"] is None
+    nothing = mean_rows({"none": runs([None, None])}, [REWARD])[0]
+    assert nothing == {"method": "none", "runs": "0 of 2", "half": None, "reward": None}
     paired = {row["method"]: row for row in paired_rows(RESULTS, "GRPO", [REWARD, ENTROPY], "reward")}
     assert list(paired) == ["mixed", "bad", "good", "broken"]
     assert paired["good"]["wins"] == "8 of 8" and paired["broken"]["wins"] == "7 of 8"
@@ -141,7 +142,7 @@ def test_who_was_sooner_never_is_later_than_any_step():
 
 def test_every_run_is_listed():
     row = run_rows({"x": runs([0.51, None, 0.7], [10, 10, None])}, {"reward": ".1f"})[0]
-    assert row == {"method": "x", "steps": "10, failed, never", "reward": "0.5, failed, 0.7"}
+    assert row == {"method": "x", "steps": "10, no result, never", "reward": "0.5, no result, 0.7"}
     nothing = {"x": {(0, 0): {"steps_to_goal": 5, "ceiling": None}}}
     assert run_rows(nothing, {"ceiling": ".2f"})[0]["ceiling"] == "none"
 
