@@ -256,8 +256,8 @@ def _about(study: Study) -> str:
     text = (
         f"{text} Warm starts {sorted(warm_starts)}, seeds {seeds} of reinforcement learning on each. Entropies are in "
         "nats per token: of training at the temperature of sampling, which is 1 except for methods that steer it, of "
-        f"held-out prompts at temperature 1. Rewards along the way: {evaluation.num_prompts} held-out prompts x {evaluation.num_samples} "
-        f"samples every {evaluation.every} rollouts; final figures: "
+        f"held-out prompts at temperature 1. Rewards along the way: {evaluation.num_prompts} held-out prompts x "
+        f"{evaluation.num_samples} samples every {evaluation.every} rollouts; final figures: "
         f"{evaluation.final_num_prompts} prompts x {evaluation.num_samples} samples, and one greedy response each."
     )
     return textwrap.fill(text, 120)
