@@ -55,6 +55,11 @@ from jentropy.normalisers import sequence_mean_token_mean as sequence_mean_token
 from jentropy.normalisers import sequence_mean_token_sum as sequence_mean_token_sum
 from jentropy.normalisers import token_mean as token_mean
 from jentropy.normalisers import token_sum as token_sum
+from jentropy.nucleus import NucleusKind as NucleusKind
+from jentropy.nucleus import nucleus_entropies as nucleus_entropies
+from jentropy.rewards.shaping import overlong_penalty as overlong_penalty
+from jentropy.rewards.shaping import overlong_reward as overlong_reward
+from jentropy.rollout.dynamic import DynamicSampling as DynamicSampling
 from jentropy.samplers import Sampler as Sampler
 from jentropy.samplers import combine as combine
 from jentropy.samplers import e3_temperature as e3_temperature

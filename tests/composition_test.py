@@ -1,0 +1,95 @@
+"""Every pair of mechanisms that is not refused, in one chain, on plan and loss; and whole recipes of several.
+
+Each chain keeps what its parts keep: nothing but finite numbers, a state of the same structure, both parts' metrics,
+and no change when the rows come in another order and the gradient is summed over four micro-batches.
+"""
+
+import itertools
+import warnings
+
+import conformance_test as conformance
+import jax
+import numpy as np
+import pytest
+from conformance_test import METHODS, example, quick_compilations, run_loss, run_plan  # noqa: F401
+
+from jentropy import conflicts, normalisers, presets, surrogates
+from jentropy.advantages.grpo import grpo
+from jentropy.base import Objective
+from jentropy.compose import chain
+
+ORDER = (
+    *("clip_range", "importance_correction", "rejection", "semantic_entropy", "entropy_advantage"),
+    *("clip_cov", "kl_cov", "steer", "ce_gppo", "top_entropy"),
+    *("kl_reference/k3", "entropy_bonus", "adaptive_entropy", "siren"),
+)
+"""One of each mechanism, in the order in which they are meant to stand."""
+PAIRS = list(itertools.combinations(ORDER, 2))
+REFUSED = {("adaptive_entropy", "siren")}
+_loss = jax.jit(run_loss, static_argnames=("spec", "num"))
+PERMUTATION = np.random.default_rng(3).permutation(conformance.ROWS)
+
+
+def make(*names):
+    return chain(**{name.replace("/", "_"): METHODS[name].make() for name in names})
+
+
+def run(parts, x, num):
+    planned = conformance._jitted_plan(parts.spec, parts.states, x)
+    return planned, _loss(parts.spec, x.scores, planned, num=num)
+
+
+def check(parts):
+    wanted = run(parts, example(), 1)
+    planned, loss = wanted
+    for value in jax.tree.leaves((planned.plan.terms, planned.weight, loss)):
+        assert np.isfinite(value).all()
+    assert jax.tree.structure(planned.states) == jax.tree.structure(parts.states)
+    found = run(parts, jax.tree.map(lambda values: values[PERMUTATION], example()), 4)
+    rows = jax.tree.map(lambda values: values[PERMUTATION], conformance._rowwise(wanted))
+    conformance._assert_same(conformance._rowwise(found), rows)
+    conformance._assert_same(conformance._totals(found), conformance._totals(wanted))
+    return wanted
+
+
+def own_metrics(name):
+    """Metrics that a mechanism adds to those of an empty chain."""
+    alone, none = (run_plan(*conformance._parts(mechanisms=make(*names)), example()) for names in ((name,), ()))
+    return set(alone.metrics) - set(none.metrics)
+
+
+@pytest.mark.parametrize(("one", "other"), [pair for pair in PAIRS if pair not in REFUSED])
+def test_every_pair_composes(one, other):
+    names = (one, other) if one == "clip_range" else ("clip_range", one, other)
+    planned, _ = check(conformance._parts(mechanisms=make(*names)))
+    assert own_metrics(one) | own_metrics(other) <= set(planned.metrics)
+
+
+def test_the_refused_pairs_are_these():
+    refused = set()
+    for one, other in PAIRS:
+        objective = Objective(grpo(), make(one, other), surrogates.ratio, normalisers.token_mean)
+        refused |= {(one, other)} if any(c.refused for c in conflicts.find(objective)) else set()
+    assert refused == REFUSED
+
+
+STACKS = {
+    "all": tuple(name for name in ORDER if name not in ("siren", "entropy_bonus")),
+    "top-ρ and shaping": ("clip_range", "entropy_advantage", "top_entropy"),
+    "covariance and a regulator": ("clip_range", "clip_cov", "siren"),
+    "corrected and held": ("clip_range", "importance_correction", "kl_cov", "kl_reference/k3"),
+}
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_stacks_compose(stack):
+    check(conformance._parts(mechanisms=make(*STACKS[stack])))
+
+
+@pytest.mark.parametrize("name", sorted(presets.PRESETS))
+def test_presets_run(name):
+    options = {"gdpo": {"reward_weights": (1.0, 0.3)}}.get(name, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective = presets.PRESETS[name](**options)
+    check(conformance._parts(objective.estimator, objective.mechanisms, objective.surrogate, objective.normaliser))
