@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, unit, figures in rows(Runs(Path(base)), args.scale, args.seed):
             failed = sum(map(math.isnan, figures))
             failures += failed
-            worst = f" (at most {max(x for x in figures if not math.isnan(x)):.1f} {unit})" if unit else ""
+            worst = f" (at most {np.nanmax(figures):.1f} {unit})" if unit and failed < len(figures) else ""
             print(f"| {name}{worst} | {len(figures)} | {failed} |", flush=True)
     return int(failures > 0)
 
