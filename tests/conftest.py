@@ -4,3 +4,10 @@ import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SLOW = ("run_faults_test", "composition_test", "layout_test", "dapo_test", "loop_test", "step_test", "own_data_test")
+"""Files whose tests take longest: they go first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
