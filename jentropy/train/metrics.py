@@ -5,15 +5,16 @@ equal runs write equal bytes. Wall times and rates go to `timing.jsonl`. A check
 metrics; a resumed run truncates the file there and writes the missing lines again.
 """
 
+import contextlib
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -114,14 +115,12 @@ class MetricsWriter:
 
         A step may have several lines. NaN and infinities are written as the strings `nan`, `inf` and `-inf`.
         """
-        self._metrics.write(_line(step, metrics))
-        self._metrics.flush()
+        _append(self._metrics, _line(step, metrics))
         self._tensorboard.write(step, metrics)
 
     def write_timing(self, step: int, timing: Mapping[str, Any]) -> None:
         """Appends one line of wall times (seconds) and rates (tokens per second)."""
-        self._timing.write(_line(step, timing))
-        self._timing.flush()
+        _append(self._timing, _line(step, timing))
         self._tensorboard.write(step, timing)
 
     def offset(self) -> int:
@@ -132,9 +131,25 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the files."""
-        self._metrics.close()
-        self._timing.close()
+        for file in (self._metrics, self._timing):
+            with _naming(file):
+                file.close()
         self._tensorboard.close()
+
+
+@contextlib.contextmanager
+def _naming(file: BinaryIO) -> Iterator[None]:
+    """Puts the name of the file into an `OSError`: those of open files have none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
+
+
+def _append(file: BinaryIO, line: bytes) -> None:
+    with _naming(file):
+        file.write(line)
+        file.flush()
 
 
 def _truncate(metrics: Path, timing: Path, offset: int, step: int | None) -> int:

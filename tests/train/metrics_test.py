@@ -144,3 +144,14 @@ def test_failing_tensorboard_warns_once_and_the_run_goes_on(tmp_path):
         {"a": 1.0, "step": 0},
         {"a": 2.0, "step": 1},
     ]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    metrics = writer._metrics
+    writer._metrics = open("/dev/full", "ab")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        writer.write(0, {"x": 1.0})
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        writer.close()
+    metrics.close()
