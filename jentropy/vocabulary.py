@@ -101,6 +101,19 @@ def make_head(
     vocab_mask: Array | None,
     num_chunks: int,
 ) -> Head:
+    """Flattens the rows and cuts the vocabulary of a head.
+
+    Args:
+      hidden: `[..., D]` float.
+      unembed: `[V, D]` float.
+      bias: optional `[V]` float.
+      temperature: scalar or `[...]`, above 0; carries no gradient.
+      vocab_mask: optional `[V]` bool, False for ids of probability 0.
+      num_chunks: C, in [1, V]; V is padded to a multiple of it, with ids that are not legal.
+
+    Raises:
+      ValueError: `num_chunks` is out of range.
+    """
     vocab_size = unembed.shape[0]
     require(1 <= num_chunks <= vocab_size, "num_chunks", num_chunks, f"in [1, {vocab_size}]")
     chex.assert_type([hidden, unembed], float)
