@@ -4,7 +4,7 @@
     stage = fdl.Config(Reinforce, objective=fdl.Config(presets.dapo), num_generations=16, ...)
 
 What cannot stand in an objective (group size, dynamic sampling, learning rate) is in `COMPANIONS` under the preset's
-name, as the source has it: without it the recipe is not the paper's. The keyword arguments are the numbers one would
+name, as far as it is known: without it the recipe is not the paper's. The keyword arguments are the numbers one would
 sweep. `RESCALE` says what a batch of a few hundred tokens must change (a run of the papers has some 10⁵ to 10⁶).
 """
 
@@ -29,7 +29,7 @@ from jentropy.mechanisms.siren import siren as siren_mechanism
 from jentropy.mechanisms.top_entropy import top_entropy
 
 
-def _dapo_chain(epsilon_low: float, epsilon_high: float, **mechanisms: Mechanism) -> Mechanism:
+def _clipped(epsilon_low: float, epsilon_high: float, **mechanisms: Mechanism) -> Mechanism:
     return chain(clip_range=clip_range(epsilon_low=epsilon_low, epsilon_high=epsilon_high), **mechanisms)
 
 
@@ -46,14 +46,7 @@ def dapo(*, epsilon_low: float = 0.2, epsilon_high: float = 0.28, clip_ratio_c: 
     Reference: 2503.14476.
     """
     surrogate = surrogates.dual_clip(clip_ratio_c=clip_ratio_c)
-    return Objective(grpo(), _dapo_chain(epsilon_low, epsilon_high), surrogate, normalisers.token_mean)
-
-
-def _clip_cov(clip_cov_ratio: float, clip_cov_lb: float, clip_cov_ub: float) -> Objective:
-    mechanisms = _dapo_chain(1.0, 1.0, clip_cov=clip_cov(
-        clip_cov_ratio=clip_cov_ratio, clip_cov_lb=clip_cov_lb, clip_cov_ub=clip_cov_ub
-    ))  # fmt: skip
-    return Objective(grpo(), mechanisms, surrogates.ratio, normalisers.token_mean)
+    return Objective(grpo(), _clipped(epsilon_low, epsilon_high), surrogate, normalisers.token_mean)
 
 
 def clip_cov_7b(*, clip_cov_ratio: float = 2e-4, clip_cov_lb: float = 1.0, clip_cov_ub: float = 5.0) -> Objective:
@@ -66,7 +59,9 @@ def clip_cov_7b(*, clip_cov_ratio: float = 2e-4, clip_cov_lb: float = 1.0, clip_
 
     Reference: 2505.22617, section 4.2.
     """
-    return _clip_cov(clip_cov_ratio, clip_cov_lb, clip_cov_ub)
+    selection = clip_cov(clip_cov_ratio=clip_cov_ratio, clip_cov_lb=clip_cov_lb, clip_cov_ub=clip_cov_ub)
+    mechanisms = _clipped(1.0, 1.0, clip_cov=selection)
+    return Objective(grpo(), mechanisms, surrogates.ratio, normalisers.token_mean)
 
 
 def _kl_cov(kl_cov_ratio: float, ppo_kl_coef: float) -> Objective:
@@ -104,7 +99,7 @@ def eighty_twenty(*, top_entropy_quantile: float = 0.2) -> Objective:
 
     Reference: 2506.01939.
     """
-    mechanisms = _dapo_chain(0.2, 0.28, top_entropy=top_entropy(top_entropy_quantile=top_entropy_quantile))
+    mechanisms = _clipped(0.2, 0.28, top_entropy=top_entropy(top_entropy_quantile=top_entropy_quantile))
     return Objective(grpo(), mechanisms, surrogates.dual_clip(clip_ratio_c=10.0), normalisers.token_mean)
 
 
@@ -117,19 +112,19 @@ def entropy_advantage_grpo(*, entropy_adv_alpha: float = 0.4, entropy_adv_kappa:
     Reference: 2506.14758.
     """
     shaping = entropy_advantage(entropy_adv_alpha=entropy_adv_alpha, entropy_adv_kappa=entropy_adv_kappa)
-    return Objective(grpo(), _dapo_chain(0.2, 0.2, entropy_advantage=shaping), surrogates.ratio, normalisers.token_mean)
+    return Objective(grpo(), _clipped(0.2, 0.2, entropy_advantage=shaping), surrogates.ratio, normalisers.token_mean)
 
 
-def siren(*, beta: float = 0.005, top_p: float = 0.8, tau: float = 0.8, max_response_length: int = 8192) -> Objective:
+def siren(*, max_response_length: int, beta: float = 0.005, top_p: float = 0.8, tau: float = 0.8) -> Objective:
     """SIREN with the companions of its script: advantages without standard deviation, clip-higher, a fixed length.
 
     Args:
-      beta, top_p, tau: see `mechanisms.siren`.
       max_response_length: the constant that token sums are divided by, tokens.
+      beta, top_p, tau: see `mechanisms.siren`.
 
     Reference: 2509.25133.
     """
-    mechanisms = _dapo_chain(0.2, 0.28, siren=siren_mechanism(beta=beta, top_p=top_p, tau=tau))
+    mechanisms = _clipped(0.2, 0.28, siren=siren_mechanism(beta=beta, top_p=top_p, tau=tau))
     normaliser = normalisers.fixed_length(length=max_response_length)
     return Objective(grpo(scale_rewards="none"), mechanisms, surrogates.ratio, normaliser)
 
@@ -148,7 +143,7 @@ def skywork_or1(*, entropy_target: float = 0.2) -> Objective:
         entropy_target=entropy_target, entropy_coef_init=0.0, entropy_coef_delta=1e-4, entropy_coef_min=0.0,
         entropy_coef_max=5e-3,
     )  # fmt: skip
-    mechanisms = _dapo_chain(0.2, 0.2, adaptive_entropy=controller)
+    mechanisms = _clipped(0.2, 0.2, adaptive_entropy=controller)
     return Objective(grpo(), mechanisms, surrogates.ratio, normalisers.token_mean)
 
 
@@ -163,12 +158,14 @@ def seed_grpo(*, semantic_entropy_alpha: float = 1.0) -> Objective:
     Reference: 2505.12346.
     """
     scale = semantic_entropy(semantic_entropy_alpha=semantic_entropy_alpha)
-    mechanisms = _dapo_chain(0.2, 0.2, semantic_entropy=scale)
+    mechanisms = _clipped(0.2, 0.2, semantic_entropy=scale)
     return Objective(grpo(scale_rewards="none"), mechanisms, surrogates.ratio, normalisers.token_mean)
 
 
 def qae(*, quantile_k: float = 0.4) -> Objective:
-    """DAPO with a quantile of the group's rewards as baseline instead of their mean.
+    """A quantile of the group's rewards as baseline, not divided by a standard deviation, with the loss of `dapo`.
+
+    The released code keeps the standard deviation and interpolates: `advantages.qae` has both as options.
 
     Args:
       quantile_k: see `advantages.qae`.
@@ -176,7 +173,7 @@ def qae(*, quantile_k: float = 0.4) -> Objective:
     Reference: 2509.22611.
     """
     surrogate = surrogates.dual_clip(clip_ratio_c=10.0)
-    return Objective(qae_advantage(quantile_k=quantile_k), _dapo_chain(0.2, 0.28), surrogate, normalisers.token_mean)
+    return Objective(qae_advantage(quantile_k=quantile_k), _clipped(0.2, 0.28), surrogate, normalisers.token_mean)
 
 
 def gdpo(*, reward_weights: tuple[float, ...] | None = None) -> Objective:
@@ -188,10 +185,10 @@ def gdpo(*, reward_weights: tuple[float, ...] | None = None) -> Objective:
     Reference: 2601.05242.
     """
     estimator = gdpo_advantage(reward_weights=reward_weights)
-    return Objective(estimator, _dapo_chain(0.2, 0.2), surrogates.ratio, normalisers.token_mean)
+    return Objective(estimator, _clipped(0.2, 0.2), surrogates.ratio, normalisers.token_mean)
 
 
-def dr_grpo(*, max_response_length: int = 3000) -> Objective:
+def dr_grpo(*, max_response_length: int) -> Objective:
     """Dr. GRPO: no standard deviation, token sums divided by one constant length.
 
     Args:
@@ -200,16 +197,19 @@ def dr_grpo(*, max_response_length: int = 3000) -> Objective:
     Reference: 2503.20783.
     """
     normaliser = normalisers.fixed_length(length=max_response_length)
-    return Objective(grpo(scale_rewards="none"), _dapo_chain(0.2, 0.2), surrogates.ratio, normaliser)
+    return Objective(grpo(scale_rewards="none"), _clipped(0.2, 0.2), surrogates.ratio, normaliser)
 
 
-def raft_pp() -> Objective:
+def raft_pp(*, rewards: str = "signed") -> Objective:
     """RAFT++: positive responses only, with PPO's clipped ratio and verl's dual clip.
+
+    Args:
+      rewards: see `advantages.raft.raft`; "binary" for rewards of 0 and 1.
 
     Reference: 2504.11343.
     """
     surrogate = surrogates.dual_clip(clip_ratio_c=3.0)
-    return Objective(raft(), _dapo_chain(0.2, 0.2), surrogate, normalisers.token_mean)
+    return Objective(raft(rewards=rewards), _clipped(0.2, 0.2), surrogate, normalisers.token_mean)
 
 
 def reinforce_rej(*, rewards: str = "signed") -> Objective:
@@ -259,13 +259,13 @@ COMPANIONS: Mapping[str, Mapping[str, Any]] = {
     "seed_grpo": {},
     "qae": {},
     "gdpo": {},
-    "dr_grpo": {"num_generations": 8},
+    "dr_grpo": {},
     "raft_pp": {"num_prompts": 1024, "num_generations": 4, "num_minibatches": 4, "num_epochs": 1,
                 "learning_rate": 1e-6},
     "reinforce_rej": {"num_prompts": 1024, "num_generations": 4, "num_minibatches": 4, "num_epochs": 1,
                       "learning_rate": 1e-6},
 }  # fmt: skip
-"""Of each preset the rest of its recipe, as far as its source states it: fields of a stage and of its optimizer."""
+"""Of each preset the rest of its recipe, as far as it is known here: fields of a stage and of its optimizer."""
 
 _FRACTION = "selects less than one token of some 500 in an update: .03 to .1 acts"
 RESCALE: Mapping[str, str] = {
@@ -281,7 +281,7 @@ RESCALE: Mapping[str, str] = {
     "qae": "nothing",
     "gdpo": "nothing",
     "dr_grpo": "max_response_length: that of the task",
-    "raft_pp": "the learning rate",
+    "raft_pp": "the learning rate; rewards of 0 and 1 need rewards='binary'",
     "reinforce_rej": "the learning rate; rewards of 0 and 1 need rewards='binary'",
 }
 """Of each preset what must be scaled for a batch of a few hundred tokens, and why."""

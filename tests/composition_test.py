@@ -88,8 +88,9 @@ def test_stacks_compose(stack):
 
 @pytest.mark.parametrize("name", sorted(presets.PRESETS))
 def test_presets_run(name):
-    options = {"gdpo": {"reward_weights": (1.0, 0.3)}}.get(name, {})
+    options = {"gdpo": {"reward_weights": (1.0, 0.3)}, "siren": {"max_response_length": 7}}
+    options |= {"dr_grpo": {"max_response_length": 7}}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        objective = presets.PRESETS[name](**options)
+        objective = presets.PRESETS[name](**options.get(name, {}))
     check(conformance._parts(objective.estimator, objective.mechanisms, objective.surrogate, objective.normaliser))
