@@ -14,6 +14,7 @@ from typing import Any
 
 import fiddle as fdl
 import numpy as np
+from run_pool import finished
 
 from jentropy import config as config_lib
 from jentropy import embedded
@@ -22,8 +23,6 @@ from jentropy.advantages.grpo import grpo
 from jentropy.evaluation import bootstrap_interval
 from jentropy.report.summary import final_line
 from jentropy.report.tables import table
-from jentropy.train.loop import train
-from jentropy.train.metrics import read_metrics
 
 ESTIMATORS = {"grpo": (grpo, "GRPO on the sum"), "gdpo": (gdpo, "GDPO")}
 GOAL = 0.9
@@ -89,16 +88,6 @@ def run_row(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _lines(out: Path, config: fdl.Config) -> list[dict[str, Any]]:
-    """The metrics of a run, which is made, or gone on with, unless it is finished."""
-    path = out / "metrics.jsonl"
-    lines = read_metrics(path)
-    if not (lines and lines[-1].get("final")):
-        train(config, out, resume=path.exists())
-        lines = read_metrics(path)
-    return lines
-
-
 def _text(values: Sequence[float]) -> str:
     low, high = bootstrap_interval(values, 0, num_resamples=10_000)
     return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
@@ -133,7 +122,7 @@ def report(args: argparse.Namespace) -> str:
             for weights in args.weights:
                 for estimator in args.estimators:
                     config = config_of(estimator, weights, warm, seed, args.set)
-                    row = run_row(_lines(args.out / config.name, config))
+                    row = run_row(finished(args.out / config.name, config))
                     rows.setdefault((weights, estimator), []).append(row)
                     print(config.name, {k: v if v is None else round(v, 3) for k, v in row.items()}, flush=True)
     return f"""# Reward collapse: two rewards, summed before or after they are standardised
