@@ -306,10 +306,14 @@ assert not any(name in text for name in ("all-gather", "all-to-all", "collective
 """
 
 
-def test_a_sharded_vocabulary_is_never_gathered():
+def run_on_eight_devices(program):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     root = pathlib.Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", PROGRAM], env=environment, cwd=root, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, check=True, timeout=300)
+
+
+def test_a_sharded_vocabulary_is_never_gathered():
+    run_on_eight_devices(PROGRAM)
 
 
 @jax.jit

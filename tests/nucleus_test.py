@@ -1,10 +1,6 @@
 """Nucleus entropies of the fused head against features, sorting, float64; chunks, masks, memory, sharding."""
 
 import contextlib
-import os
-import pathlib
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from features_test import families
-from head_test import V, assert_trees_close, problem, weighted
+from head_test import V, assert_trees_close, problem, run_on_eight_devices, weighted
 from jax.test_util import check_grads
 
 from jentropy import features, head, nucleus, vocabulary
@@ -287,9 +283,7 @@ assert not any(name in text for name in ("all-gather", "all-to-all", "collective
 
 
 def test_a_sharded_vocabulary_is_never_gathered():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    root = pathlib.Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", PROGRAM], env=environment, cwd=root, check=True, timeout=300)
+    run_on_eight_devices(PROGRAM)
 
 
 @jax.jit
