@@ -125,6 +125,25 @@ def test_a_signal_commits_a_checkpoint_at_the_next_step(finished, tmp_path, monk
     assert metrics_bytes(out) == metrics_bytes(finished[0])
 
 
+@pytest.mark.parametrize(("stage_start", "when"), [(0, "before the first rollout"), (5, "after 5 rollouts")])
+def test_a_signal_during_an_evaluation_stops_before_a_rollout(finished, tmp_path, monkeypatch, stage_start, when):
+    out, real = tmp_path / "run", loop.Run._evaluate
+
+    def evaluate(run, stage, params, step, *, write):
+        if step == stage_start:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(run, stage, params, step, write=write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_evaluate", evaluate)
+        with pytest.raises(PreemptedError, match=f"SIGTERM: stopped {when}"):
+            train(tiny.tiny(), out)
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == stage_start
+    assert train(tiny.tiny(), out, resume=True) == finished[1]
+    assert metrics_bytes(out) == metrics_bytes(finished[0])
+
+
 def test_a_second_run_in_the_folder_names_the_first(tmp_path):
     with contextlib.closing(loop.Run(tiny.tiny(), tmp_path / "run", quiet=True)):
         with pytest.raises(LockedError, match=f"in use by process {os.getpid()}"):
