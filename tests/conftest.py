@@ -1,6 +1,7 @@
 """Strict numerics for every test: no silent dtype or rank promotion; warnings are errors."""
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -11,3 +12,10 @@ SLOW = ("run_faults_test", "composition_test", "layout_test", "dapo_test", "loop
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_programs():
+    """Drops the programs that a file has compiled: kept, those of all files exceed the memory maps of a process."""
+    yield
+    jax.clear_caches()
