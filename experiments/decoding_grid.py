@@ -28,9 +28,10 @@ from jentropy.samplers import Sampler, entropy_temperature
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.evaluate import put_prompts, total_reward
 from jentropy.train.experiment import Experiment, Supervised
-from jentropy.train.loop import enable_compilation_cache, state_template
+from jentropy.train.loop import enable_compilation_cache
 from jentropy.train.programs import EVALUATION, make_rollout
 from jentropy.train.sharding import make_mesh, replicated
+from jentropy.train.stepper import state_template
 from jentropy.train.warm_start import cached_warm_start, init_params, run_supervised
 
 BATCH = 64

@@ -14,10 +14,10 @@ from jentropy.policy.transformer import transformer
 from jentropy.rollout.iid import RolloutSpec
 from jentropy.samplers import plain
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
-from jentropy.train.loop import state_template
 from jentropy.train.programs import make_rollout
 from jentropy.train.sharding import MeshShape, make_mesh
 from jentropy.train.step import StepSpec, make_spec, make_train_step
+from jentropy.train.stepper import state_template
 from jentropy.train.warm_start import warm_start_name
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "configs"

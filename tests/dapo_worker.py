@@ -22,10 +22,10 @@ from jentropy.rollout.dynamic import DynamicSampling
 from jentropy.surrogates import ratio
 from jentropy.train.compilations import num_compilations
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce
-from jentropy.train.loop import Stepper
 from jentropy.train.optimizer import AdamW
 from jentropy.train.sharding import MeshShape, make_mesh, replicated
 from jentropy.train.state import new_stage, state_shardings
+from jentropy.train.stepper import Stepper
 
 
 def measure(num_steps: int) -> dict[str, Any]:

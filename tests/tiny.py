@@ -13,7 +13,7 @@ from jentropy import embedded
 from jentropy.data import chain_sum
 from jentropy.data.task import chain_sum_task
 from jentropy.policy.transformer import TransformerConfig
-from jentropy.train import loop
+from jentropy.train import loop, stepper
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
 from jentropy.train.optimizer import AdamW
 
@@ -55,7 +55,7 @@ class InterruptionError(Exception):
 
 def train_until(step: int, config: fdl.Config, out: Path) -> None:
     """Trains until the prompts of rollout `step` are due, as if the process had been interrupted there."""
-    real, steps = loop.put_prompts, iter(range(step + 1))
+    real, steps = stepper.put_prompts, iter(range(step + 1))
 
     def put_prompts(prompts, mesh):
         if next(steps) == step:
@@ -63,7 +63,7 @@ def train_until(step: int, config: fdl.Config, out: Path) -> None:
         return real(prompts, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "put_prompts", put_prompts)
+        patch.setattr(stepper, "put_prompts", put_prompts)
         with pytest.raises(InterruptionError):
             loop.train(config, out, quiet=True)
 

@@ -43,10 +43,10 @@ from jentropy.policy.transformer import transformer
 from jentropy.train import manifest
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.lock import LockedError
-from jentropy.train.loop import state_template
 from jentropy.train.metrics import read_metrics
 from jentropy.train.quarantine import SKIPPED, stored_steps
 from jentropy.train.sharding import MeshShape, make_mesh
+from jentropy.train.stepper import state_template
 
 HERE = Path(__file__).resolve().parent
 CONFIG, POISONED = HERE / "tiny_run.py", HERE / "poisoned_run.py"

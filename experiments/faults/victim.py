@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from jentropy import cli
-from jentropy.train import loop
+from jentropy.train import loop, stepper
 
 PLACES = {"compile": "put_prompts", "sample": "put_prompts", "update": "grade_on_host"}
-"""Functions of the loop by the fault that strikes after they are called."""
+"""Functions of the stepper by the fault that strikes after they are called."""
 
 
 def strike_at(name: str, step: int, strike: Callable[[], None]) -> None:
-    """Calls `strike` in the call number `step` of the loop's function `name`."""
-    real, calls = getattr(loop, name), iter(range(sys.maxsize))
+    """Calls `strike` in the call number `step` of the stepper's function `name`."""
+    real, calls = getattr(stepper, name), iter(range(sys.maxsize))
 
     def struck(*args: Any) -> Any:
         if next(calls) == step:
             strike()
         return real(*args)
 
-    setattr(loop, name, struck)
+    setattr(stepper, name, struck)
 
 
 def terminate() -> None:

@@ -15,30 +15,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jentropy import config as config_lib
-from jentropy.base import Metrics, Policy, Rollouts
-from jentropy.data.source import Prompts
+from jentropy.base import Metrics, Policy
 from jentropy.policy.transformer import transformer
 from jentropy.report.plots import run_plot
 from jentropy.rewards import workers
-from jentropy.rollout.dynamic import dynamic_rollouts
-from jentropy.rollout.iid import RolloutSpec
-from jentropy.samplers import plain
 from jentropy.train.allocator import keep_freed_memory
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.compilations import num_compilations
-from jentropy.train.evaluate import Evaluator, grade_on_host, put_prompts
+from jentropy.train.evaluate import Evaluator
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
-from jentropy.train.filters import make_judge, make_mask, make_place, round_keys
 from jentropy.train.folder import open_folder, write_header
 from jentropy.train.metrics import MetricsWriter, divide, read_metrics
 from jentropy.train.preflight import check_room, num_bytes
-from jentropy.train.programs import EVALUATION, SAMPLING, make_rollout
+from jentropy.train.programs import EVALUATION, SAMPLING
 from jentropy.train.progress import Progress
 from jentropy.train.quarantine import Batch, Quarantine, trailing_skips
 from jentropy.train.sharding import make_mesh, replicated
 from jentropy.train.signals import StopSignals
-from jentropy.train.state import TrainState, new_stage, state_shardings
-from jentropy.train.step import make_spec, make_train_step
+from jentropy.train.state import TrainState
+from jentropy.train.stepper import Stepper, fresh_state, state_template
 from jentropy.train.warm_start import cache_folder, cached_warm_start, init_params, run_supervised
 from jentropy.train.watchdog import Watchdog
 
@@ -64,70 +59,6 @@ def make_evaluator(experiment: Experiment, policy: Policy, mesh: Mesh, num_promp
     )  # fmt: skip
 
 
-class Stepper:
-    """One rollout and its updates, with the compiled programs of a stage; `train_step` is that of the updates.
-
-    Args:
-      experiment: the run.
-      stage: of reinforcement learning.
-      policy: the model.
-      mesh: devices.
-      key: of sampling.
-    """
-
-    def __init__(self, experiment: Experiment, stage: Reinforce, policy: Policy, mesh: Mesh, key: jax.Array) -> None:
-        task, objective = experiment.task, stage.objective
-        spec = make_spec(
-            policy, objective, stage.optimizer, reference=stage.reference, num_minibatches=stage.num_minibatches,
-            num_epochs=stage.num_epochs, num_microbatches=stage.num_microbatches, sampler=stage.sampler,
-            left_out=None if stage.eos_in_loss else task.tokenizer.eos_id,
-        )  # fmt: skip
-        sampler = RolloutSpec(
-            stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
-            objective.temperature, (*task.rewards, *stage.shaping), sampler=stage.sampler or plain(),
-            required=stage.required, answer_id=task.answer_id,
-        )  # fmt: skip
-        self._rollout = make_rollout(policy, sampler, mesh)
-        self.train_step = make_train_step(spec, stage.num_prompts, mesh)
-        self._source = task.prompts("train", stage.mixture)
-        self._task, self._mesh, self._key = task, mesh, key
-        self._seed, self._num_prompts = experiment.seed, stage.num_prompts
-        self._mask = make_mask(mesh) if stage.mask_truncated else None
-        self._dynamic = stage.dynamic_sampling
-        if self._dynamic is not None:
-            self._keys = round_keys(key, self._dynamic.max_num_gen_batches, mesh)
-            column = self._dynamic.column([reward.name for reward in task.rewards])
-            self._judge, self._place = make_judge(column, stage.num_prompts, mesh), make_place(mesh)
-
-    def _round(self, state: TrainState, step: int, draw: int, prompts: Prompts) -> Rollouts:
-        """Graded rows of one round of sampling; only dynamic sampling has a second."""
-        index = jax.device_put(np.int32(step), replicated(self._mesh))
-        placed = put_prompts(prompts, self._mesh)
-        key = self._key if self._dynamic is None else self._keys[draw]
-        rows, _ = self._rollout(state.params, key, index, *placed, state.decode_state)
-        return grade_on_host(self._task, rows, prompts)
-
-    def _sample(self, state: TrainState, step: int) -> tuple[Rollouts, np.ndarray, Mapping[str, tuple[Any, Any]]]:
-        """The rows of a rollout, the prompt of each group, and what sampling says of itself."""
-        draw_prompts = functools.partial(self._source.batch, self._seed, step, self._num_prompts)
-        if self._dynamic is None:
-            prompts = draw_prompts()
-            return self._round(state, step, 0, prompts), prompts.example_id, {}
-        return dynamic_rollouts(
-            draw_prompts, functools.partial(self._round, state, step), settings=self._dynamic,
-            num_groups=self._num_prompts, judge=self._judge, place=self._place,
-        )  # fmt: skip
-
-    def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics, Batch]:
-        """Advances `state`, which is donated, by the rollout number `step`; returns what the step was given, too."""
-        rows, example_id, sampling = self._sample(state, step)
-        if self._mask is not None:
-            rows, masked = self._mask(rows)
-            sampling = {**sampling, **masked}
-        state, metrics = self.train_step(state, rows)
-        return state, {**metrics, **sampling}, Batch(rows, example_id)
-
-
 class _Pending(NamedTuple):
     """A step that was dispatched, and whose metrics are still to be fetched."""
 
@@ -135,24 +66,6 @@ class _Pending(NamedTuple):
     metrics: Metrics
     batch: Batch
     began: float
-
-
-def _fresh(experiment: Experiment, index: int, params: Any, step: jax.Array, key: jax.Array) -> TrainState:
-    stage = experiment.stages[index]
-    assert isinstance(stage, Reinforce), f"stage {index} has no training state"
-    return new_stage(
-        params, step, key, stage.objective, stage.optimizer, stage.reference, stage.sampler,
-        experiment.reward_weights(stage),
-    )  # fmt: skip
-
-
-def state_template(experiment: Experiment, policy: Policy, mesh: Mesh, index: int) -> TrainState:
-    """Shapes, dtypes and shardings of the state in a stage of reinforcement learning."""
-    key, step = jax.random.key(0), jax.ShapeDtypeStruct((), np.int32)
-    fresh = functools.partial(_fresh, experiment, index)
-    shapes = jax.eval_shape(fresh, jax.eval_shape(policy.init, key), step, key)
-    shardings = state_shardings(policy, mesh, experiment.stages[index].optimizer, shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 class Run:
@@ -258,7 +171,7 @@ class Run:
             return self._checkpoints.restore(self._resumed["step"], template)[0]
         if params is None:
             params = init_params(self.policy, self.experiment.seed, self.mesh)
-        fresh = functools.partial(_fresh, self.experiment, index)
+        fresh = functools.partial(fresh_state, self.experiment, index)
         start = jax.jit(fresh, out_shardings=jax.tree.map(lambda x: x.sharding, template))
         return start(params, self._put(step), self.key)
 

@@ -25,12 +25,12 @@ from jentropy.policy.transformer import transformer
 from jentropy.train import filters
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
-from jentropy.train.loop import Stepper, state_template
 from jentropy.train.metrics import divide, read_metrics
 from jentropy.train.programs import SAMPLING
 from jentropy.train.quarantine import SKIPPED, load_batch, stored_steps
 from jentropy.train.sharding import make_mesh, replicated, row_sharding
 from jentropy.train.state import TrainState, new_stage
+from jentropy.train.stepper import Stepper, state_template
 from jentropy.train.warm_start import cached_warm_start, init_params, run_supervised
 
 

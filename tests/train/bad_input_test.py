@@ -16,7 +16,7 @@ from jentropy.data import chain_sum
 from jentropy.data.task import chain_sum_task
 from jentropy.policy.transformer import transformer
 from jentropy.rollout.iid import RolloutSpec
-from jentropy.train import evaluate, loop
+from jentropy.train import evaluate, loop, stepper
 from jentropy.train import experiment as experiment_lib
 from jentropy.train.evaluate import put_prompts
 from jentropy.train.metrics import divide, read_metrics
@@ -135,7 +135,7 @@ def step_on(**changes):
     state = new_stage(
         init_params(policy, 0, mesh), jnp.int32(0), jax.random.key(0), stage.objective, stage.optimizer, False
     )
-    layout = jax.tree.map(lambda leaf: leaf.sharding, loop.state_template(experiment, policy, mesh, 1))
+    layout = jax.tree.map(lambda leaf: leaf.sharding, stepper.state_template(experiment, policy, mesh, 1))
     before, state = jax.tree.map(np.array, state.params), jax.device_put(state, layout)
     changes = {name: jax.device_put(value, getattr(rows, name).sharding) for name, value in changes.items()}
     after, metrics = step(state, rows.replace(**changes))

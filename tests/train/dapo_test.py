@@ -26,7 +26,7 @@ from jentropy.rewards.base import TextReward
 from jentropy.rewards.shaping import overlong_reward
 from jentropy.rollout.dynamic import DynamicSampling, ExhaustedError
 from jentropy.rollout.iid import RolloutSpec
-from jentropy.train import loop
+from jentropy.train import loop, stepper
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.evaluate import grade_on_host, put_prompts
 from jentropy.train.metrics import read_metrics
@@ -78,7 +78,7 @@ def metrics_bytes(out):
 
 def final_state(out):
     experiment = config_lib.build(dapo())
-    template = loop.state_template(experiment, transformer(experiment.policy), make_mesh(MeshShape()), 2)
+    template = stepper.state_template(experiment, transformer(experiment.policy), make_mesh(MeshShape()), 2)
     with Checkpoints(out / "checkpoints") as checkpoints:
         state, _ = checkpoints.restore(None, template)
     return jax.tree.leaves(jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key))))
@@ -154,7 +154,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, step, dra
 
 
 def test_a_signal_between_rounds_commits_a_checkpoint_after_the_rollout(finished, tmp_path, monkeypatch):
-    out, real = tmp_path / "run", loop.grade_on_host
+    out, real = tmp_path / "run", stepper.grade_on_host
     calls = iter(range(10_000))
 
     def grade_on_host(task, rows, prompts):
@@ -163,7 +163,7 @@ def test_a_signal_between_rounds_commits_a_checkpoint_after_the_rollout(finished
         return real(task, rows, prompts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "grade_on_host", grade_on_host)
+        patch.setattr(stepper, "grade_on_host", grade_on_host)
         with pytest.raises(PreemptedError, match="SIGTERM: stopped after 4 rollouts with a checkpoint"):
             train(dapo(), out)
     assert train(dapo(), out, resume=True) == finished[1]
@@ -183,7 +183,7 @@ def test_without_a_group_to_drop_it_is_the_plain_run(plain, tmp_path, monkeypatc
     def make_judge(column, num_groups, mesh):
         return lambda rows: (np.ones(num_groups, bool), np.float32(0), np.float32(1))
 
-    monkeypatch.setattr(loop, "make_judge", make_judge)
+    monkeypatch.setattr(stepper, "make_judge", make_judge)
     out = tmp_path / "run"
     tiny.train_until(3, tiny_with(dynamic_sampling=fdl.Config(DynamicSampling)), out)
     lines = read_metrics(out / "metrics.jsonl")
@@ -194,19 +194,19 @@ def test_without_a_group_to_drop_it_is_the_plain_run(plain, tmp_path, monkeypatc
     assert lines == plain
 
 
-def stepper(config, index=1):
+def make_stepper(config, index=1):
     """The stepper of a stage, and a state to step from, laid out as in a run."""
     experiment = config_lib.build(config)
     stage, policy, mesh = experiment.stages[index], transformer(experiment.policy), make_mesh(MeshShape())
     key, zero = jax.device_put((jax.random.key(experiment.seed), np.int32(0)), replicated(mesh))
-    shardings = jax.tree.map(lambda x: x.sharding, loop.state_template(experiment, policy, mesh, index))
-    fresh = jax.jit(lambda params: loop._fresh(experiment, index, params, zero, key), out_shardings=shardings)
-    step = loop.Stepper(experiment, stage, policy, mesh, jax.random.fold_in(key, SAMPLING))
+    shardings = jax.tree.map(lambda x: x.sharding, stepper.state_template(experiment, policy, mesh, index))
+    fresh = jax.jit(lambda params: stepper.fresh_state(experiment, index, params, zero, key), out_shardings=shardings)
+    step = stepper.Stepper(experiment, stage, policy, mesh, jax.random.fold_in(key, SAMPLING))
     return step, fresh(init_params(policy, 1, mesh)), experiment
 
 
 def test_the_batch_names_the_prompts_that_were_kept():
-    step, state, experiment = stepper(dapo())
+    step, state, experiment = make_stepper(dapo())
     _, metrics, batch = step(state, 0)
     arrays = experiment.task.prompts("train", experiment.stages[1].mixture)._mixture.arrays
     rows = jax.tree.map(np.asarray, batch.rollouts)
@@ -224,7 +224,7 @@ def test_the_batch_names_the_prompts_that_were_kept():
 
 def test_rounds_differ_in_prompts_and_in_samples():
     """Of one prompt as well: the second round answers it anew."""
-    step, state, _ = stepper(tiny_with(dynamic_sampling=fdl.Config(DynamicSampling, max_num_gen_batches=3)))
+    step, state, _ = make_stepper(tiny_with(dynamic_sampling=fdl.Config(DynamicSampling, max_num_gen_batches=3)))
     prompts = [step._source.batch(0, 5, GROUPS, draw) for draw in range(3)]
     assert len({tuple(p.example_id) for p in prompts}) == 3
     np.testing.assert_array_equal(prompts[0].tokens, step._source.batch(0, 5, GROUPS).tokens)
@@ -244,7 +244,7 @@ def test_too_few_groups_are_an_error_that_names_the_numbers(tmp_path):
 def test_padding_costs_no_update_that_has_a_group_and_moves_nothing():
     """One round, in which one or two groups vary: updates of padding alone leave the state as it is."""
     padded = tiny_with(dynamic_sampling=fdl.Config(DynamicSampling, max_num_gen_batches=1, on_exhausted="pad"))
-    step, state, _ = stepper(padded)
+    step, state, _ = make_stepper(padded)
     shares, counts = [], []
     for number in range(6):
         before = jax.tree.map(np.array, state.params)
@@ -351,5 +351,5 @@ def test_weights_are_those_of_all_columns():
     half = dataclasses.replace(experiment.task.rewards[0], weight=0.5)
     weighted = dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, rewards=(half,)))
     assert weighted.reward_weights(stage) == (0.5, 1.0)
-    template = loop.state_template(weighted, transformer(experiment.policy), make_mesh(MeshShape()), 1)
+    template = stepper.state_template(weighted, transformer(experiment.policy), make_mesh(MeshShape()), 1)
     assert template.estimator_state.reward_weights.shape == (2,)

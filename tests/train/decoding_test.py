@@ -17,7 +17,7 @@ from jentropy.policy.transformer import transformer
 from jentropy.rewards.base import DeviceReward, TextReward
 from jentropy.rollout.iid import RolloutSpec
 from jentropy.samplers import combine, e3_temperature, entropy_temperature, plain, top_k, top_p
-from jentropy.train import loop, step
+from jentropy.train import loop, step, stepper
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.evaluate import put_prompts, total_reward
 from jentropy.train.metrics import divide, read_metrics
@@ -52,7 +52,7 @@ def final_state(config, out):
     """The newest checkpoint, as NumPy arrays."""
     experiment = config_lib.build(config)
     mesh = make_mesh(MeshShape())
-    template = loop.state_template(experiment, transformer(experiment.policy), mesh, len(experiment.stages) - 1)
+    template = stepper.state_template(experiment, transformer(experiment.policy), mesh, len(experiment.stages) - 1)
     with Checkpoints(out / "checkpoints") as checkpoints:
         state, _ = checkpoints.restore(None, template)
     return jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key)))
@@ -181,10 +181,10 @@ def one_step(experiment):
     """The rollout of one step, and the step's metrics."""
     (policy, params), mesh, stage = policy_and_params(), make_mesh(MeshShape()), experiment.stages[0]
     key, start = jax.device_put((jax.random.key(0), np.int32(0)), replicated(mesh))
-    shardings = jax.tree.map(lambda x: x.sharding, loop.state_template(experiment, policy, mesh, 0))
+    shardings = jax.tree.map(lambda x: x.sharding, stepper.state_template(experiment, policy, mesh, 0))
     parts = {"objective": stage.objective, "optimizer": stage.optimizer, "reference": False, "sampler": stage.sampler}
     state = jax.jit(functools.partial(new_stage, **parts), out_shardings=shardings)(params, start, key)
-    _, metrics, batch = loop.Stepper(experiment, stage, policy, mesh, key)(state, 0)
+    _, metrics, batch = stepper.Stepper(experiment, stage, policy, mesh, key)(state, 0)
     return jax.device_get(batch.rollouts), divide(jax.device_get(metrics))
 
 

@@ -13,7 +13,7 @@ import tiny
 
 from jentropy import config as config_lib
 from jentropy.policy.transformer import transformer
-from jentropy.train import loop
+from jentropy.train import loop, stepper
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.experiment import Supervised
 from jentropy.train.lock import LockedError
@@ -40,7 +40,7 @@ def final_state(out):
     """Every leaf of the newest checkpoint, as NumPy arrays."""
     experiment = config_lib.build(tiny.tiny())
     mesh = make_mesh(MeshShape())
-    template = loop.state_template(experiment, transformer(experiment.policy), mesh, len(experiment.stages) - 1)
+    template = stepper.state_template(experiment, transformer(experiment.policy), mesh, len(experiment.stages) - 1)
     with Checkpoints(out / "checkpoints") as checkpoints:
         state, _ = checkpoints.restore(None, template)
     return jax.tree.leaves(jax.tree.map(np.asarray, state.replace(key=jax.random.key_data(state.key))))
@@ -106,7 +106,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, step, res
 
 
 def test_a_signal_commits_a_checkpoint_at_the_next_step(finished, tmp_path, monkeypatch):
-    config, out, real = tiny.tiny(), tmp_path / "run", loop.grade_on_host
+    config, out, real = tiny.tiny(), tmp_path / "run", stepper.grade_on_host
 
     def grade_on_host(task, rows, prompts):
         if grade_on_host.calls == 3:
@@ -116,7 +116,7 @@ def test_a_signal_commits_a_checkpoint_at_the_next_step(finished, tmp_path, monk
 
     grade_on_host.calls = 0
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "grade_on_host", grade_on_host)
+        patch.setattr(stepper, "grade_on_host", grade_on_host)
         with pytest.raises(PreemptedError, match="SIGTERM: stopped after 4 rollouts with a checkpoint"):
             train(config, out)
     with Checkpoints(out / "checkpoints") as checkpoints:
@@ -188,7 +188,7 @@ def test_nothing_compiles_after_the_warm_up(finished):
 
 
 def test_a_compilation_after_the_warm_up_is_an_error(tmp_path, monkeypatch):
-    real, seen = loop.grade_on_host, []
+    real, seen = stepper.grade_on_host, []
 
     def grade_on_host(task, rows, prompts):
         seen.append(rows)
@@ -196,7 +196,7 @@ def test_a_compilation_after_the_warm_up_is_an_error(tmp_path, monkeypatch):
             jax.jit(lambda x: x * x)(rows.rewards)
         return real(task, rows, prompts)
 
-    monkeypatch.setattr(loop, "grade_on_host", grade_on_host)
+    monkeypatch.setattr(stepper, "grade_on_host", grade_on_host)
     with pytest.raises(RuntimeError, match=r"step 3: 1 compilations after the warm-up"):
         train(tiny.tiny(), tmp_path / "run")
 
@@ -208,13 +208,13 @@ def test_a_sampler_that_disagrees_with_the_trainer_is_an_error(tmp_path):
 
 
 def test_stages_have_prompts_and_an_optimizer_of_their_own(finished, tmp_path, monkeypatch):
-    real, digits = loop.put_prompts, []
+    real, digits = stepper.put_prompts, []
 
     def put_prompts(prompts, mesh):
         digits.append(set(prompts.fields["num_digits"].tolist()))
         return real(prompts, mesh)
 
-    monkeypatch.setattr(loop, "put_prompts", put_prompts)
+    monkeypatch.setattr(stepper, "put_prompts", put_prompts)
     train(changed("stages.1.steps=1", "stages.2.steps=1"), tmp_path / "run")
     assert digits == [{2}, {3}]
     lines = read_metrics(finished[0] / "metrics.jsonl")

@@ -13,7 +13,7 @@ import pytest
 from jentropy import config as config_lib
 from jentropy.policy.transformer import transformer
 from jentropy.rewards import workers
-from jentropy.train import loop
+from jentropy.train import loop, stepper
 from jentropy.train.evaluate import Evaluator
 from jentropy.train.metrics import read_metrics
 from jentropy.train.sharding import MeshShape, make_mesh
@@ -57,9 +57,9 @@ def test_it_trains(config, tmp_path):
 def test_rewards_are_added_with_their_weights(config):
     experiment = config_lib.build(config)
     assert experiment.task.reward_weights == (1.0, 0.1)
-    template = loop.state_template(experiment, transformer(experiment.policy), make_mesh(MeshShape()), 1)
+    template = stepper.state_template(experiment, transformer(experiment.policy), make_mesh(MeshShape()), 1)
     assert template.estimator_state.reward_weights.shape == (2,)
-    state = loop._fresh(experiment, 1, {}, np.int32(0), jax.random.key(0))
+    state = stepper.fresh_state(experiment, 1, {}, np.int32(0), jax.random.key(0))
     np.testing.assert_allclose(state.estimator_state.reward_weights, [1.0, 0.1])
 
 
