@@ -4,6 +4,7 @@ Each chain keeps what its parts keep: nothing but finite numbers, a state of the
 and no change when the rows come in another order and the gradient is summed over four micro-batches.
 """
 
+import functools
 import itertools
 import warnings
 
@@ -11,7 +12,7 @@ import conformance_test as conformance
 import jax
 import numpy as np
 import pytest
-from conformance_test import METHODS, example, quick_compilations, run_loss, run_plan  # noqa: F401
+from conformance_test import METHODS, example, jitted, quick_compilations, run_plan  # noqa: F401
 
 from jentropy import conflicts, normalisers, presets, surrogates
 from jentropy.advantages.grpo import grpo
@@ -26,7 +27,6 @@ ORDER = (
 """One of each mechanism, in the order in which they are meant to stand."""
 PAIRS = list(itertools.combinations(ORDER, 2))
 REFUSED = {("adaptive_entropy", "siren")}
-_loss = jax.jit(run_loss, static_argnames=("spec", "num"))
 PERMUTATION = np.random.default_rng(3).permutation(conformance.ROWS)
 
 
@@ -34,28 +34,25 @@ def make(*names):
     return chain(**{name.replace("/", "_"): METHODS[name].make() for name in names})
 
 
-def run(parts, x, num):
-    planned = conformance._jitted_plan(parts.spec, parts.states, x)
-    return planned, _loss(parts.spec, x.scores, planned, num=num)
-
-
 def check(parts):
-    wanted = run(parts, example(), 1)
+    wanted = jitted(parts, example())
     planned, loss = wanted
     for value in jax.tree.leaves((planned.plan.terms, planned.weight, loss)):
         assert np.isfinite(value).all()
     assert jax.tree.structure(planned.states) == jax.tree.structure(parts.states)
-    found = run(parts, jax.tree.map(lambda values: values[PERMUTATION], example()), 4)
+    found = jitted(parts, jax.tree.map(lambda values: values[PERMUTATION], example()), 4)
     rows = jax.tree.map(lambda values: values[PERMUTATION], conformance._rowwise(wanted))
     conformance._assert_same(conformance._rowwise(found), rows)
     conformance._assert_same(conformance._totals(found), conformance._totals(wanted))
     return wanted
 
 
+@functools.cache
 def own_metrics(name):
     """Metrics that a mechanism adds to those of an empty chain."""
-    alone, none = (run_plan(*conformance._parts(mechanisms=make(*names)), example()) for names in ((name,), ()))
-    return set(alone.metrics) - set(none.metrics)
+    chains = (conformance._parts(mechanisms=make(*names)) for names in ((name,), ()))
+    alone, none = (jax.eval_shape(functools.partial(run_plan, x.spec), x.states, example()).metrics for x in chains)
+    return set(alone) - set(none)
 
 
 @pytest.mark.parametrize(("one", "other"), [pair for pair in PAIRS if pair not in REFUSED])

@@ -413,7 +413,7 @@ def run_loss(spec: StepSpec, scores: Mapping[str, Any], planned: Planned, num: i
 
 
 _jitted_plan = jax.jit(run_plan, static_argnames="spec")
-_jitted_loss = jax.jit(run_loss, static_argnames="spec")
+_jitted_loss = jax.jit(run_loss, static_argnames=("spec", "num"))
 
 
 def eager(parts: Parts, x: Example) -> tuple[Planned, Loss]:
@@ -421,11 +421,11 @@ def eager(parts: Parts, x: Example) -> tuple[Planned, Loss]:
     return planned, run_loss(parts.spec, x.scores, planned)
 
 
-def jitted(parts: Parts, x: Example) -> tuple[Planned, Loss]:
-    """The same, compiled; the loss once for all methods of one surrogate and one set of terms."""
+def jitted(parts: Parts, x: Example, num: int = 1) -> tuple[Planned, Loss]:
+    """The same in `num` micro-batches, compiled; the loss once for all of one surrogate and one set of terms."""
     planned = _jitted_plan(parts.spec, parts.states, x)
     shared = parts.spec._replace(estimate=None, update=None, outputs=(), normaliser=None)
-    loss = _jitted_loss(shared, x.scores, planned._replace(advantage=None, metrics=None, states=None))
+    loss = _jitted_loss(shared, x.scores, planned._replace(advantage=None, metrics=None, states=None), num)
     return jax.tree.map(np.asarray, (planned, loss))
 
 

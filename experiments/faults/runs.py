@@ -55,13 +55,13 @@ NOTICE = 30.0
 
 
 class Runs:
-    """Starts runs in folders below `base`, with datasets, warm starts and programs of their own."""
+    """Starts runs in folders below `base`, with datasets, warm starts and programs of their own, and with `env`."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, **env: str) -> None:
         self.base = base
         path = os.pathsep.join([str(HERE), str(HERE.parents[1] / "tests"), str(HERE.parents[1])])
         self.env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": ""}
-        self.env |= {"JENTROPY_DATA": str(base / "data"), "JENTROPY_CACHE": str(base / "cache")}
+        self.env |= {"JENTROPY_DATA": str(base / "data"), "JENTROPY_CACHE": str(base / "cache"), **env}
         self.reference = base / "reference"
         self.run(self.reference)  # prepares the data and fills the caches
         shutil.rmtree(self.reference)

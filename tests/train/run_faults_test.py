@@ -24,7 +24,7 @@ faults = load()
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return faults.Runs(tmp_path_factory.mktemp("faults"))
+    return faults.Runs(tmp_path_factory.mktemp("faults"), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
 
 
 def check(runs, name, trial, number, **settings):
