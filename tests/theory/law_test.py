@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from jentropy.theory import law as law_module
-from jentropy.theory.law import LawError, ceiling_interval, entropy_consumption, fit_law, forecast
+from jentropy.theory.law import (
+    LawError,
+    bootstrap_intervals,
+    ceiling_interval,
+    coverage,
+    fit_law,
+    fit_run,
+    forecast,
+)
 
 A, B, NOISE = 0.5, 1.48, 0.02
 
@@ -63,11 +71,41 @@ def test_standard_errors_match_the_spread_over_draws():
         assert 0.85 < claimed / spread < 1.15  # a standard deviation over 400 draws is known to 3.5 %
 
 
-def test_intervals_cover_the_true_ceiling():
-    covered = [
-        low <= B - A <= high for low, high in (ceiling_interval(*draw(s), s, num_resamples=400) for s in range(200))
-    ]
-    assert 0.78 <= np.mean(covered) <= 0.96  # nominal .90; resampling 20 points is a little narrow
+def covered(intervals):
+    """How often a 90 % interval of a, b and the ceiling holds the truth."""
+    truth = np.array([A, B, B - A])
+    low, high = np.moveaxis(np.array(intervals), -1, 0)
+    return ((low <= truth) & (truth <= high)).mean(axis=0)
+
+
+def test_bootstrap_intervals_cover_the_truth():
+    found = covered([bootstrap_intervals(*draw(seed), seed, num_resamples=400) for seed in range(500)])
+    assert ((0.85 <= found) & (found <= 0.95)).all()
+
+
+def test_bootstrap_intervals_allow_for_noise_that_differs_along_the_curve():
+    def noisy(seed):
+        entropy, reward = draw(seed, noise=0.0)
+        return entropy, reward + 0.1 * np.sqrt(reward * (1 - reward)) * np.random.default_rng(seed).normal(size=20)
+
+    found = covered([bootstrap_intervals(*noisy(seed), seed, num_resamples=400) for seed in range(500)])
+    assert ((0.85 <= found) & (found <= 0.95)).all()
+
+
+def test_bootstrap_intervals_surround_the_estimates():
+    entropy, reward = draw(3)
+    fit, intervals = fit_law(entropy, reward), bootstrap_intervals(entropy, reward, 0)
+    for name, (low, high) in intervals._asdict().items():
+        middle, stderr = getattr(fit, name), getattr(fit, "ceiling_stderr" if name == "ceiling" else f"{name}_stderr")
+        assert low < middle < high and 1.0 < (high - low) / (2 * stderr) < 2.5  # 1.73 for normal noise
+    assert intervals.ceiling == ceiling_interval(entropy, reward, 0)
+
+
+def test_bootstrap_needs_points_that_do_not_hang_on_one():
+    entropy, reward = [0.5, 0.5, 0.5, 0.2], [0.4, 0.45, 0.42, 0.8]
+    assert fit_law(entropy, reward).num_points == 4
+    with pytest.raises(LawError, match=r"the law hangs on one point, at 0.2 nats: without it"):
+        bootstrap_intervals(entropy, reward, 0)
 
 
 def test_interval_is_seeded_and_respects_level_and_weights():
@@ -113,6 +151,33 @@ def test_points_that_determine_nothing_are_refused(entropy, reward, weights, mes
         ceiling_interval(entropy, reward, 0, weights=weights)
 
 
+FALLING = [0.8, 0.5, 0.3, 0.2]
+
+
+@pytest.mark.parametrize(
+    "entropy,reward,message",
+    [
+        ([0.2, 0.3, 0.5, 0.8], [0.4, 0.5, 0.6, 0.7], "entropy rises over the run, in its trend of 4 points"),
+        ([0.5, 0.4, 0.6, 0.7], [0.9, 0.8, 0.7, 0.6], "entropy rises over the run"),  # although a > 0
+        (FALLING, [0.8, 0.6, 0.5, 0.4], "a is not positive: reward did not rise as entropy fell"),
+        (FALLING, [0.1, 0.1, 0.1, 0.1], "a is not positive"),
+        (FALLING, [0.0, 0.0, 0.0, 0.0], "a is not positive"),
+        ([0.5, 0.5, 0.5, 0.5], [0.8, 0.6, 0.5, 0.4], "entropy does not vary: all 4 points lie at 0.5 nats"),
+        (FALLING[:2], [0.1, 0.2], "at least 3 points, got 2"),
+    ],
+)
+def test_a_run_that_does_not_follow_the_law_has_no_number(entropy, reward, message):
+    with pytest.raises(LawError, match=message):
+        fit_run(entropy, reward)
+
+
+def test_a_run_that_follows_the_law_is_fitted():
+    assert fit_run(*draw(0)) == fit_law(*draw(0))
+    entropy, reward = draw(1)
+    entropy[-1] = entropy[-2] + 0.01  # not every step need spend some
+    assert fit_run(entropy, reward).a > 0
+
+
 def test_forecast_uses_only_the_first_points():
     entropy, reward = draw(4, noise=0.0)
     reward[10:] -= 0.05
@@ -120,33 +185,63 @@ def test_forecast_uses_only_the_first_points():
     assert prediction.law == fit_law(entropy[:10], reward[:10])
     assert prediction.num_predicted == 10
     np.testing.assert_allclose([prediction.rmse, prediction.bias], [0.05, 0.05], rtol=1e-9)
+    np.testing.assert_allclose(prediction.predicted, reward[10:] + 0.05, rtol=1e-9)
+    assert prediction.covered == 0.0
+    same = forecast(entropy, reward, num_fitted=10)
+    np.testing.assert_array_equal(same.low, prediction.low)
+
+
+def test_forecast_interval_by_hand():
+    """Half width t s sqrt(1 + 1/n + (x - mean x)^2 / sum (x - mean x)^2), t = 2.9200 for 90 % and 2 degrees."""
+    entropy, reward = np.log([2.0, 1.8, 1.6, 1.4, 1.1]), np.array([0.5, 0.62, 0.68, 0.8, 0.9])
+    found = forecast(entropy, reward, num_fitted=4)
+    x, y = np.array([2.0, 1.8, 1.6, 1.4]), reward[:4]
+    slope = ((x - 1.7) * (y - 0.65)).sum() / 0.2
+    residual = y - 0.65 - slope * (x - 1.7)
+    half = 2.9199855804 * np.sqrt((residual**2).sum() / 2 * (1 + 1 / 4 + (1.1 - 1.7) ** 2 / 0.2))
+    expected = 0.65 + slope * (1.1 - 1.7)
+    numbers = [found.predicted, found.low, found.high]
+    np.testing.assert_allclose(numbers, [[expected], [expected - half], [expected + half]], rtol=1e-9)
 
 
 def test_forecast_refuses_too_few_points():
     with pytest.raises(LawError, match="at least 3 points, got 2"):
         forecast(*draw(4), fraction=0.1)
+    with pytest.raises(LawError, match="all 20 points are fitted: none is left to predict"):
+        forecast(*draw(4), num_fitted=20)
     with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\), got 1.0"):
         forecast(*draw(4), fraction=1.0)
+    with pytest.raises(ValueError, match="give fraction or num_fitted, and not both"):
+        forecast(*draw(4), fraction=0.5, num_fitted=3)
 
 
-def test_consumption_interpolates_between_points():
-    rows = entropy_consumption([0, 10, 20, 40], [1.0, 0.4, 0.2, 0.0], [0.2, 0.6, 0.8, 1.0], (0.0, 0.125, 0.5, 1.0))
-    expected = [(0.0, 0.0, 0.0, 0.0), (0.125, 5.0, 0.3, 0.25), (0.5, 20.0, 0.8, 0.75), (1.0, 40.0, 1.0, 1.0)]
-    np.testing.assert_allclose(rows, expected, atol=1e-12)
+@pytest.mark.parametrize("fraction", [0.15, 0.3])
+def test_forecast_intervals_cover_what_follows_the_law(fraction):
+    runs = [draw(seed) for seed in range(500)]
+    found = coverage(runs, fraction)
+    assert 0.87 < found.covered < 0.93 and found.interval.low < found.covered < found.interval.high
+    assert found.num_points == 500 * (20 - int(fraction * 20)) and len(found.rmse) == 500 and found.refused == {}
+    assert coverage(runs, fraction, level=0.5).covered == pytest.approx(0.5, abs=0.04)
 
 
-@pytest.mark.parametrize(
-    "step,entropy,reward,message",
-    [
-        ([0, 1, 2], [0.5, 0.2, 0.5], [0, 1, 2], "entropy is 0.5 at the first and the last point"),
-        ([0, 1, 2], [0.5, 0.2, 0.1], [1, 0, 1], "reward is 1 at the first and the last point"),
-        ([0, 0, 2], [0.5, 0.2, 0.1], [0, 1, 2], "step must increase"),
-        ([0], [0.5], [0.1], "at least 2"),
-    ],
-)
-def test_undefined_consumption_is_refused(step, entropy, reward, message):
-    with pytest.raises(LawError, match=message):
-        entropy_consumption(step, entropy, reward)
+def test_coverage_shows_a_law_that_breaks():
+    def bent(seed):
+        entropy, reward = draw(seed, noise=0.002)
+        reward[10:] -= 0.1
+        return entropy, reward
+
+    assert coverage([bent(seed) for seed in range(20)], 0.3).covered < 0.5
+
+
+def test_coverage_counts_the_runs_without_a_forecast():
+    short, flat = draw(0, num_points=4), (np.full(20, 0.5), np.linspace(0, 1, 20))
+    found = coverage([draw(0), short, draw(1), flat], 0.3)
+    assert set(found.refused) == {1, 3} and len(found.rmse) == 2
+    assert "got 1" in found.refused[1] and "does not vary" in found.refused[3]
+    with pytest.raises(LawError, match="at least 3 points, got 1; entropy does not vary"):
+        coverage([short, flat], 0.3)
+    with pytest.raises(LawError, match="there is no run"):
+        coverage([], 0.3)
 
 
 def test_examples_in_the_docstrings_run():
