@@ -18,6 +18,7 @@ CORE = [
     "matplotlib>=3.10",
     "tqdm>=4.67",
     "tensorboardX>=2.6.5",
+    "safetensors>=0.8.0",
 ]
 
 TEST = ["pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff==0.17.*"]

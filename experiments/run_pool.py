@@ -15,6 +15,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ from jentropy.train.signals import PreemptedError
 
 FAILED = "failed.json"
 FLAGS = "--xla_cpu_multi_thread_eigen=false"
-_LABELS = ("name", "checkpoint_every", "sampler_tolerance", "hang_limit", "task.data_dir")
+_LABELS = re.compile(r"name|checkpoint_every|sampler_tolerance|hang_limit|task\.data_dir|keep_rollouts(\.\d+)?")
 """Fields of a config on which no figure depends."""
 
 
@@ -126,7 +127,7 @@ def check_unchanged(tasks: Sequence[Task]) -> None:
         path = task.out / "config.txt"
         if path.exists() and not task.allow_change:
             found = find_changes(config_lib.read_lines(path), config_lib.flatten(task.config))
-            changed += [f"{task.out}:{change}" for change in found if change.path not in _LABELS]
+            changed += [f"{task.out}:{change}" for change in found if not _LABELS.fullmatch(change.path)]
     if changed:
         raise config_lib.ConfigError(
             "runs were made with another config; delete them, choose another --out, or keep them with --allow-change:\n"

@@ -91,13 +91,24 @@ def init_optimizer(config: AdamW, params: Any) -> Any:
     """The optimizer's state for `params`, at the peak learning rate of `config`."""
     with jax.numpy_dtype_promotion("standard"):
         state: Any = make_optimizer(config).init(params)
-    *rest, scale = state
+    return set_learning_rate(config, state)
+
+
+def set_learning_rate(config: AdamW, opt_state: Any) -> Any:
+    """The optimizer's state at the peak learning rate of `config`; moments and counts are as they were."""
+    *rest, scale = opt_state
     step_size = jnp.full_like(scale.hyperparams["step_size"], -config.learning_rate)
     return (*rest, scale._replace(hyperparams={"step_size": step_size}))
 
 
+def propose(config: AdamW, gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    """The change of the parameters that one update makes, before it is rounded into them, and the new state."""
+    with jax.numpy_dtype_promotion("standard"):
+        return make_optimizer(config).update(gradient, opt_state, params)
+
+
 def apply_optimizer(config: AdamW, gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
     """One update: returns new parameters and state."""
+    updates, opt_state = propose(config, gradient, opt_state, params)
     with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = make_optimizer(config).update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state

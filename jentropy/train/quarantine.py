@@ -119,14 +119,14 @@ def stored_steps(directory: str | Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _flatten(rollouts: Rollouts) -> dict[str, np.ndarray]:
+def flatten(rollouts: Rollouts) -> dict[str, np.ndarray]:
     """Arrays by name on the host; those of `token_data` and `row_data` as `token_data/name`."""
     fields = dict(vars(rollouts))
     nested = {f"{field}/{name}": value for field in _NESTED for name, value in fields.pop(field).items()}
     return {name: np.asarray(value) for name, value in jax.device_get({**fields, **nested}).items()}
 
 
-def _unflatten(arrays: Mapping[str, np.ndarray]) -> Rollouts:
+def unflatten(arrays: Mapping[str, np.ndarray]) -> Rollouts:
     fields: dict[str, Any] = {name: {} for name in _NESTED}
     for name, value in arrays.items():
         field, _, inner = name.partition("/")
@@ -139,7 +139,7 @@ def _unflatten(arrays: Mapping[str, np.ndarray]) -> Rollouts:
 
 def non_finite_rows(rollouts: Rollouts) -> dict[str, list[int]]:
     """Row ids with a NaN or infinity, by the name of the array; per-token arrays count inside the loss mask only."""
-    arrays, found = _flatten(rollouts), {}
+    arrays, found = flatten(rollouts), {}
     for name, array in arrays.items():
         if array.dtype.kind in "iub":
             continue
@@ -162,7 +162,7 @@ def save_batch(directory: str | Path, batch: Batch, what: Mapping[str, Any]) -> 
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = _flatten(batch.rollouts)
+    arrays = flatten(batch.rollouts)
     file = io.BytesIO()
     # NumPy cannot name the types of ml_dtypes (bfloat16) in a file: they are stored as bytes, and named in the JSON.
     plain = {name: a.view(f"V{a.itemsize}") if a.dtype.kind == "V" else a for name, a in arrays.items()}
@@ -177,11 +177,11 @@ def save_batch(directory: str | Path, batch: Batch, what: Mapping[str, Any]) -> 
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     arrays_path, description_path = _paths(directory, what["step"])
-    _write(arrays_path, data)
-    _write(description_path, json.dumps(description, sort_keys=True).encode() + b"\n")
+    write_whole(arrays_path, data)
+    write_whole(description_path, json.dumps(description, sort_keys=True).encode() + b"\n")
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Writes a file as a whole or not at all, on disk when it returns."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
@@ -230,7 +230,7 @@ def load_batch(directory: str | Path, step: int) -> tuple[Batch, dict[str, Any]]
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         try:
             dtypes = {name: np.dtype(dtype) for name, dtype in description["dtypes"].items()}
-            rollouts = _unflatten({name: stored[name].view(dtype) for name, dtype in dtypes.items()})
+            rollouts = unflatten({name: stored[name].view(dtype) for name, dtype in dtypes.items()})
             return Batch(rollouts, np.asarray(description["example_id"], np.int64)), description
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise QuarantineError(f"{path.with_suffix('.json')} is damaged: {error!r}") from error
