@@ -123,8 +123,65 @@ def _parts(update: Callable[..., Any], state: State) -> Iterator[Part]:
     elif isinstance(update, _Blockwise):
         yield from _parts(update.update, state)
     else:
-        function = update.function if isinstance(update, _Stateless) else update
-        yield Part(function.__module__.rpartition(".")[2], state)
+        yield Part(_method(update), state)
+
+
+def _method(update: Callable[..., Any]) -> str:
+    """The module of an update, such as `clip_cov`."""
+    if isinstance(update, _Blockwise):
+        return _method(update.update)
+    function = update.function if isinstance(update, _Stateless) else update
+    return function.__module__.rpartition(".")[2]
+
+
+def walk(
+    update: Callable[..., Any], plan: Plan, state: State, signals: Signals, key: Array
+) -> tuple[Plan, State, dict[str, Array]]:
+    """Runs a mechanism's `update` and says which tokens each part of it touched; plan and state are those of `update`.
+
+    A part has touched a token if one of the plan's coefficients there (advantage, pg_weight, counted, a bound of the
+    ratio, that of a term) is another one after it than before it. No part is known by name: chains are taken apart, in
+    whatever depth, and anything else, `blockwise` included, is one part.
+
+    Args:
+      update: `Mechanism.update`.
+      plan, state, signals, key: what it is called with; "key: consumed".
+
+    Returns:
+      The plan, the state, and `[B, T]` bool by the part's name, False outside `loss_mask`. Names in nested chains are
+      joined with dots; a mechanism that is no chain goes by its method, as in `parts`.
+
+    >>> plan, state, touched = walk(chain().update, *[None] * 4)
+    >>> touched
+    {}
+    """
+    touched: dict[str, Array] = {}
+
+    def visit(name: str, update: Callable[..., Any], plan: Plan, state: State, key: Array) -> tuple[Plan, State]:
+        if not isinstance(update, _ChainUpdate):
+            new_plan, state = update(plan, state, signals, key)
+            touched[name or _method(update)] = _touched(plan, new_plan, signals.batch.loss_mask)
+            return new_plan, state
+        states = {}
+        for i, (inner_name, inner) in enumerate(zip(update.names, update.updates)):
+            inner_key, path = jax.random.fold_in(key, i), f"{name}.{inner_name}" if name else inner_name
+            plan, states[inner_name] = visit(path, inner, plan, state[inner_name], inner_key)
+        return plan, states
+
+    plan, state = visit("", update, plan, state, key)
+    return plan, state, touched
+
+
+def _touched(before: Plan, after: Plan, mask: Array) -> Array:
+    """Where on the mask a coefficient differs, `[B, T]` bool; NaN equals NaN, and a term that is not there is 0."""
+    zero = jnp.zeros_like(before.advantage)
+    pairs = [(getattr(before, name), getattr(after, name)) for name in ("advantage", "pg_weight")]
+    pairs += [(getattr(before, name), getattr(after, name)) for name in ("ratio_low", "ratio_high")]
+    pairs += [(before.terms.get(name, zero), coefficient) for name, coefficient in after.terms.items()]
+    found = before.counted != after.counted
+    for old, new in pairs:
+        found |= (old != new) & ~(jnp.isnan(old) & jnp.isnan(new))
+    return found & mask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jentropy.policy.transformer import TransformerConfig
 from jentropy.rewards.base import DeviceReward, weights_of
 from jentropy.rollout.dynamic import DynamicSampling
 from jentropy.samplers import Sampler
+from jentropy.train.ledger import Ledger
 from jentropy.train.optimizer import AdamW
 from jentropy.train.sharding import MeshShape, check_rows, make_mesh
 
@@ -74,6 +75,7 @@ class Reinforce:
       shaping: rewards that are added as further columns after the task's, such as `overlong_reward`. They are not
         evaluated, dynamic sampling does not look at them, and they make no row valid that no grader of the task graded.
       eos_in_loss: whether the token that ends a response is trained on and counts in statistics, as in TRL and verl.
+      ledger: which steps are entered into the entropy ledger, `ledger.jsonl`; None for none, at no cost.
     """
 
     name: str = "rl"
@@ -92,6 +94,7 @@ class Reinforce:
     mask_truncated: bool = False
     shaping: tuple[DeviceReward, ...] = ()
     eos_in_loss: bool = True
+    ledger: Ledger | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "num_prompts", "num_minibatches", "num_epochs", "num_microbatches"):
@@ -180,6 +183,8 @@ class Experiment:
         of 1 nat and their size, in the first rollout after a start; more is an error.
       eval_batch: prompts per call of the evaluation's sampler.
       hang_limit: seconds after which a part of the run that does not end stops the process; None for never.
+      keep_rollouts: numbers of rollouts that are kept, with the state before their updates, below `rollouts` in the
+        run's folder, for `jentropy replay` and `jentropy what-if`. Each takes the room of a checkpoint.
     """
 
     name: str
@@ -193,6 +198,7 @@ class Experiment:
     sampler_tolerance: float = 1e-5
     eval_batch: int = 32
     hang_limit: float | None = 1800.0
+    keep_rollouts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         named = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name)
@@ -203,6 +209,9 @@ class Experiment:
         require(self.eval_batch >= 1, "eval_batch", self.eval_batch, "at least 1")
         positive = self.hang_limit is None or self.hang_limit > 0
         require(positive, "hang_limit", self.hang_limit, "positive or None")
+        total = sum(stage.steps for stage in self.stages if isinstance(stage, Reinforce))
+        known = all(0 <= step < total for step in self.keep_rollouts)
+        require(known, "keep_rollouts", self.keep_rollouts, f"rollouts of the run, in [0, {total})")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), "stages", names, "of different names")
         rewards = [reward.name for reward in self.task.rewards]

@@ -1,8 +1,9 @@
-"""What a run writes while it trains: `metrics.jsonl`, `timing.jsonl` and TensorBoard events.
+"""What a run writes while it trains: `metrics.jsonl`, `ledger.jsonl`, `timing.jsonl` and TensorBoard events.
 
 `metrics.jsonl` holds deterministic fields only, one JSON object per line with sorted keys and floats by `repr`, so two
-equal runs write equal bytes. Wall times and rates go to `timing.jsonl`. A checkpoint stores the byte `offset` of the
-metrics; a resumed run truncates the file there and writes the missing lines again.
+equal runs write equal bytes; and so does `ledger.jsonl`, the entropy ledger, which is there only if a stage has one.
+Wall times and rates go to `timing.jsonl`. A checkpoint stores the byte `offset` of the metrics; a resumed run truncates
+the file there, drops the lines of later steps from the others, and writes the missing lines again.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from jentropy.train.ledger import PREFIX as LEDGER
 from jentropy.train.progress import Progress as Progress
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -79,11 +81,12 @@ class MetricsWriter:
     """Writes the metrics of one run into `directory`; a context manager.
 
     Args:
-      directory: created if missing; gets `metrics.jsonl`, `timing.jsonl` and the folder `tensorboard`.
+      directory: created if missing; gets `metrics.jsonl`, `timing.jsonl` and the folder `tensorboard`, and with the
+        first metric of the entropy ledger `ledger.jsonl`.
       resume_offset: None for a new run. To resume, the `offset()` that the checkpoint holds (0 if there is none yet):
         the metrics are truncated there.
-      resume_step: the first step that the resumed run writes: timing lines and TensorBoard events from there on are
-        void. By default the one after the last line that the truncation leaves.
+      resume_step: the first step that the resumed run writes: lines of other files than the metrics and TensorBoard
+        events from there on are void. By default the one after the last line that the truncation leaves.
 
     Raises:
       FileExistsError: a new run in a folder that has metrics.
@@ -93,13 +96,14 @@ class MetricsWriter:
     def __init__(self, directory: str | Path, resume_offset: int | None = None, resume_step: int | None = None) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        metrics, timing = directory / "metrics.jsonl", directory / "timing.jsonl"
+        metrics, timing, self._ledger_path = (directory / f"{n}.jsonl" for n in ("metrics", "timing", "ledger"))
         if resume_offset is not None:
-            resume_step = _truncate(metrics, timing, resume_offset, resume_step)
+            resume_step = _truncate(metrics, (timing, self._ledger_path), resume_offset, resume_step)
         elif metrics.exists() and metrics.stat().st_size:
             raise FileExistsError(f"{metrics} exists: resume the run or choose another folder")
         self._metrics = metrics.open("ab")
         self._timing = timing.open("ab")
+        self._ledger: BinaryIO | None = None
         self._tensorboard = _TensorBoard(directory / "tensorboard", resume_step)
 
     def __enter__(self) -> "MetricsWriter":
@@ -113,9 +117,15 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line of numbers, strings or None that depend on the run's seed and config only.
 
-        A step may have several lines. NaN and infinities are written as the strings `nan`, `inf` and `-inf`.
+        A step may have several lines. NaN and infinities are written as the strings `nan`, `inf` and `-inf`. Metrics of
+        the entropy ledger, `ledger/...`, go to a line of its own file, together with the `stage`.
         """
-        _append(self._metrics, _line(step, metrics))
+        ledger = {name: value for name, value in metrics.items() if name.startswith(LEDGER)}
+        _append(self._metrics, _line(step, {name: value for name, value in metrics.items() if name not in ledger}))
+        if ledger:
+            self._ledger = self._ledger or self._ledger_path.open("ab")
+            stage = {"stage": metrics["stage"]} if "stage" in metrics else {}
+            _append(self._ledger, _line(step, {**stage, **ledger}))
         self._tensorboard.write(step, metrics)
 
     def write_timing(self, step: int, timing: Mapping[str, Any]) -> None:
@@ -124,16 +134,19 @@ class MetricsWriter:
         self._tensorboard.write(step, timing)
 
     def offset(self) -> int:
-        """Bytes of `metrics.jsonl` so far, all of them on disk: what a checkpoint stores."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        """Bytes of `metrics.jsonl` so far, all of them on disk, as the ledger is: what a checkpoint stores."""
+        for file in (self._metrics, self._ledger):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
         return self._metrics.tell()
 
     def close(self) -> None:
         """Closes the files."""
-        for file in (self._metrics, self._timing):
-            with _naming(file):
-                file.close()
+        for file in (self._metrics, self._timing, self._ledger):
+            if file is not None:
+                with _naming(file):
+                    file.close()
         self._tensorboard.close()
 
 
@@ -152,19 +165,20 @@ def _append(file: BinaryIO, line: bytes) -> None:
         file.flush()
 
 
-def _truncate(metrics: Path, timing: Path, offset: int, step: int | None) -> int:
-    """Cuts the metrics at `offset` and drops timing lines from `step` on; returns `step` or what it is by default."""
+def _truncate(metrics: Path, others: Iterable[Path], offset: int, step: int | None) -> int:
+    """Cuts the metrics at `offset`, drops lines of others from `step` on; returns `step` or what it is by default."""
     kept = metrics.read_bytes()[:offset] if metrics.exists() else b""
     if len(kept) != offset or not (kept or b"\n").endswith(b"\n"):
         raise ValueError(f"{metrics} has no line that ends at byte {offset}, where the checkpoint says it does")
     if metrics.exists():
         os.truncate(metrics, offset)
     first = max((row["step"] + 1 for row in read_metrics(metrics)), default=0) if step is None else step
-    if timing.exists():
-        lines = [(line, _parse(line)) for line in timing.read_bytes().splitlines()]
-        replacement = timing.with_suffix(".tmp")
-        replacement.write_bytes(b"".join(line + b"\n" for line, row in lines if row and row["step"] < first))
-        replacement.replace(timing)
+    for path in others:
+        if path.exists():
+            lines = [(line, _parse(line)) for line in path.read_bytes().splitlines()]
+            replacement = path.with_suffix(".tmp")
+            replacement.write_bytes(b"".join(line + b"\n" for line, row in lines if row and row["step"] < first))
+            replacement.replace(path)
     return first
 
 

@@ -49,6 +49,7 @@ _RULES: dict[tuple[Rule, str], str] = {
     (Rule.ALLOWED, "a label"): "name",
     (Rule.ALLOWED, "rollouts and updates do not depend on it"): """
         checkpoint_every sampler_tolerance hang_limit evaluation.every evaluation.final_num_prompts task.data_dir
+        keep_rollouts keep_rollouts.*
     """,
     (Rule.WITH_FLAG, "evaluations before and after it do not compare"): """
         evaluation.mixture evaluation.mixture.* evaluation.num_prompts evaluation.num_samples evaluation.hard_from
@@ -56,6 +57,7 @@ _RULES: dict[tuple[Rule, str], str] = {
     """,
     (Rule.WITH_FLAG, "the same up to rounding"): """
         mesh.data mesh.fsdp mesh.tensor policy.remat policy.scan_unroll policy.dtype reinforce.num_microbatches
+        reinforce.ledger reinforce.ledger.*
     """,
     (Rule.WITH_FLAG, "other rollouts"): """
         reinforce.mixture reinforce.mixture.* reinforce.num_prompts reinforce.num_generations
@@ -106,6 +108,7 @@ _PATTERNS = [
     (_pattern(pattern), rule, reason) for (rule, reason), patterns in _RULES.items() for pattern in patterns.split()
 ]
 
+_OFF = ("None", "()")
 _UNCLASSIFIED = (Rule.REFUSED, "a field that jentropy does not know")
 
 
@@ -146,6 +149,8 @@ def _rule(path: str, kinds: Mapping[str, str], stage: int | None) -> tuple[Rule,
 def find_changes(old_lines: Sequence[str], new_lines: Sequence[str], stage: int | None = None) -> list[Change]:
     """What differs between two flattened configs, in the order of the old one, then of the new one.
 
+    A field that the old config does not know yet, and that is off in the new one, does not count.
+
     Args:
       old_lines: the config the run was begun or last resumed with.
       new_lines: the config it shall be resumed with.
@@ -154,6 +159,7 @@ def find_changes(old_lines: Sequence[str], new_lines: Sequence[str], stage: int 
     old, new = split_lines(old_lines), split_lines(new_lines)
     kinds = stage_kinds(new) | stage_kinds(old)
     paths = [path for path in old | new if old.get(path) != new.get(path)]
+    paths = [path for path in paths if path in old or new[path] not in _OFF]
     return [Change(path, old.get(path), new.get(path), *_rule(path, kinds, stage)) for path in paths]
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jentropy import outcome, stats
+from jentropy import compose, outcome, stats
 from jentropy.base import (
     ENTROPY,
     LOG_PROB,
@@ -32,6 +32,7 @@ from jentropy.base import (
     initial_plan,
 )
 from jentropy.samplers import Sampler, Statistics
+from jentropy.train.ledger import Ledger, Marks, Seen, merge_marks, record, update_marks
 from jentropy.train.optimizer import AdamW, apply_optimizer, compiled_part
 from jentropy.train.rollout_metrics import rollout_metrics
 from jentropy.train.scoring import Scorer, make_scorer, score_rows, to_micro
@@ -66,6 +67,7 @@ class StepSpec(NamedTuple):
     num_microbatches: int = 1
     advance: Callable[..., Any] | None = None
     left_out: int | None = None
+    ledger: Ledger | None = None
 
     @property
     def num_updates(self) -> int:
@@ -89,6 +91,7 @@ def make_spec(
     num_microbatches: int = 1,
     sampler: Sampler | None = None,
     left_out: int | None = None,
+    ledger: Ledger | None = None,
 ) -> StepSpec:
     """The static description of a step from its parts; a token `left_out` is not in the loss. See `StepSpec`."""
     outputs = tuple(dict.fromkeys((LOG_PROB, ENTROPY, *objective.mechanisms.outputs)))
@@ -108,6 +111,7 @@ def make_spec(
         num_microbatches=num_microbatches,
         advance=None if sampler is None else sampler.advance,
         left_out=left_out,
+        ledger=ledger,
     )
 
 
@@ -142,10 +146,19 @@ def plan_update(spec: StepSpec, state: Any, signals: Signals, advantage: Array, 
     Returns:
       The plan; the weight `[B, T]` of each token's surrogate; the new mechanism state.
     """
-    plan, state = spec.update(initial_plan(signals.batch, advantage), state, signals, key)
+    return _plan(spec, state, signals, advantage, key)[:3]
+
+
+def _plan(spec: StepSpec, state: Any, signals: Signals, advantage: Array, key: Array) -> tuple[Plan, Array, Any, Marks]:
+    """`plan_update`, and for the ledger which tokens each part of the chain touched."""
+    plan, touched = initial_plan(signals.batch, advantage), {}
+    if spec.ledger is None:
+        plan, state = spec.update(plan, state, signals, key)
+    else:
+        plan, state, touched = compose.walk(spec.update, plan, state, signals, key)
     normaliser = spec.normaliser(plan.counted, signals.batch)
     weight = jnp.where(signals.batch.loss_mask, plan.pg_weight * normaliser, 0.0)
-    return plan, weight, state
+    return plan, weight, state, touched
 
 
 def loss(
@@ -232,7 +245,7 @@ Prepare: TypeAlias = Callable[[Rollouts, Quantities], tuple[Rollouts, Array, Any
 
 def _update(
     spec: StepSpec, state: TrainState, carry: _Carry, rows: Rollouts, index: Array, key: Array, prepare: Prepare
-) -> tuple[_Carry, Metrics, Any]:
+) -> tuple[_Carry, Metrics, Any, Marks]:
     """One optimizer update; skipped, and counted, if loss or gradient norm is not finite or no token is valid.
 
     One whose rows are all padding, without a valid row, is skipped and not counted: nothing is wrong with it.
@@ -242,7 +255,7 @@ def _update(
     rows = rows.replace(logp_old=jnp.where(first, scores["log_prob"], rows.logp_old))
     rows, advantage, found = prepare(rows, scores)
     signals = Signals(batch=rows, scores=scores, step=state.step, update_index=index)
-    plan, weight, mechanism_state = plan_update(spec, carry.mechanism_state, signals, advantage, key)
+    plan, weight, mechanism_state, marks = _plan(spec, carry.mechanism_state, signals, advantage, key)
 
     def loss_of(q: Quantities, parts: tuple[Plan, Array, Rollouts]) -> tuple[Array, Metrics]:
         part_plan, part_weight, part_rows = parts
@@ -257,13 +270,15 @@ def _update(
         lambda: (carry.params, carry.opt_state),
     )
     mechanism_state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), mechanism_state, carry.mechanism_state)
+    if spec.ledger is not None:
+        marks = update_marks(spec.surrogate, scores, plan.replace(metrics={}), rows, marks, ok)
     one = jnp.ones((), value.dtype)
     metrics = {k: (s, one) if k.endswith("_loss") else (s, n) for k, (s, n) in metrics.items()}
     metrics |= {**plan.metrics, "actor/loss": (value, one), "actor/grad_norm": (norm, one)}
     metrics = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), metrics)
     is_padding = ~jnp.any(rows.loss_mask) & ~jnp.any(outcome.valid_rows(rows))
     metrics["update/skipped"] = ((~ok & ~is_padding).astype(value.dtype), one)
-    return _Carry(params, opt_state, mechanism_state), metrics, found
+    return _Carry(params, opt_state, mechanism_state), metrics, found, marks
 
 
 def _minibatch_rows(group: Array, num_minibatches: int, num_epochs: int, num_groups: int, key: Array) -> Array:
@@ -291,37 +306,39 @@ def _estimate(spec: StepSpec, state: TrainState, rows: Rollouts, scores: Quantit
     rows = rows.replace(token_data={**rows.token_data, **token_data})
     metrics = {**metrics, **rollout_metrics(rows, scores, advantage)}
     carried = {"estimator_state": estimator_state, "decode_state": _advanced(spec, state, rows, scores)}
-    return rows, advantage, (carried, metrics)
+    return rows, advantage, (carried, metrics, Seen(rows, advantage, {}))
 
 
-def _single(spec: StepSpec, state: TrainState, rows: Rollouts, key: Array) -> tuple[_Carry, Metrics, Any]:
+def _single(spec: StepSpec, state: TrainState, rows: Rollouts, key: Array) -> tuple[_Carry, Metrics, Any, Seen]:
     """One update on the whole rollout: its own forward pass is the old-log-probability pass."""
     carry = _Carry(state.params, state.opt_state, state.mechanism_state)
     prepare = functools.partial(_estimate, spec, state)
-    carry, metrics, (carried, found) = _update(spec, state, carry, rows, jnp.int32(0), key, prepare)
-    return carry, {**metrics, **found}, carried
+    carry, metrics, (carried, found, seen), marks = _update(spec, state, carry, rows, jnp.int32(0), key, prepare)
+    return carry, {**metrics, **found}, carried, seen._replace(marks=marks)
 
 
 def _several(
     spec: StepSpec, state: TrainState, rows: Rollouts, key: Array, num_groups: int, mesh: Mesh
-) -> tuple[_Carry, Metrics, Any]:
+) -> tuple[_Carry, Metrics, Any, Seen]:
     """Several updates: the rollout is scored and estimated once, then cut into minibatches of whole groups."""
     scores = score_rows(spec.scorer, state.params, state.frozen, rows, spec.num_microbatches)
-    rows, advantage, (carried, found) = _estimate(spec, state, rows.replace(logp_old=scores["log_prob"]), scores)
+    rows, advantage, (carried, found, seen) = _estimate(spec, state, rows.replace(logp_old=scores["log_prob"]), scores)
     cut_key, plan_key = jax.random.split(key)
     indices = _minibatch_rows(rows.group, spec.num_minibatches, spec.num_epochs, num_groups, cut_key)
 
-    def body(carry: _Carry, xs: tuple[Array, Array]) -> tuple[_Carry, Metrics]:
+    def body(carry: _Carry, xs: tuple[Array, Array]) -> tuple[_Carry, tuple[Metrics, Marks]]:
         index, chosen = xs
         part, part_advantage = constrain_rows(jax.tree.map(lambda x: x[chosen], (rows, advantage)), mesh)
         part = part.replace(group=jnp.arange(chosen.shape[0], dtype=jnp.int32) // (rows.group.shape[0] // num_groups))
         update_key = jax.random.fold_in(plan_key, index)
-        carry, metrics, _ = _update(spec, state, carry, part, index, update_key, lambda r, _: (r, part_advantage, None))
-        return carry, metrics
+        keys = index, update_key
+        carry, metrics, _, marks = _update(spec, state, carry, part, *keys, lambda r, _: (r, part_advantage, None))
+        return carry, (metrics, marks)
 
     start = _Carry(state.params, state.opt_state, state.mechanism_state)
-    carry, metrics = jax.lax.scan(body, start, (jnp.arange(spec.num_updates, dtype=jnp.int32), indices))
-    return carry, {**jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics), **found}, carried
+    carry, (metrics, marks) = jax.lax.scan(body, start, (jnp.arange(spec.num_updates, dtype=jnp.int32), indices))
+    seen = seen._replace(marks=merge_marks(marks, indices, rows.row_id.shape[0]))
+    return carry, {**jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics), **found}, carried, seen
 
 
 def _with_reference(spec: StepSpec, state: TrainState, rows: Rollouts) -> Rollouts:
@@ -349,9 +366,13 @@ def make_train_step(
         rows = _with_reference(spec, state, select_valid(_without(spec.left_out, constrain_rows(rollouts, mesh))))
         key = jax.random.fold_in(jax.random.fold_in(state.key, UPDATES), state.step)
         if spec.num_updates == 1:
-            carry, metrics, carried = _single(spec, state, rows, key)
+            carry, metrics, carried, seen = _single(spec, state, rows, key)
         else:
-            carry, metrics, carried = _several(spec, state, rows, key, num_groups, mesh)
+            carry, metrics, carried, seen = _several(spec, state, rows, key, num_groups, mesh)
+        if spec.ledger is not None:
+            sweep = spec.policy, spec.temperature, spec.num_microbatches
+            entry = record(spec.ledger, *sweep, state.params, carry.params, state.step, constrain_rows(seen, mesh))
+            metrics = {**metrics, **entry}
         state = state.replace(**carry._asdict(), **carried, step=state.step + 1)
         shardings = state_shardings(spec.policy, mesh, spec.optimizer, state)
         return jax.lax.with_sharding_constraint(state, shardings), metrics

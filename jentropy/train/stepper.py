@@ -20,7 +20,7 @@ from jentropy.train.programs import make_rollout
 from jentropy.train.quarantine import Batch
 from jentropy.train.sharding import replicated
 from jentropy.train.state import TrainState, new_stage, state_shardings
-from jentropy.train.step import make_spec, make_train_step
+from jentropy.train.step import StepSpec, make_spec, make_train_step
 
 
 def fresh_state(experiment: Experiment, index: int, params: Any, step: jax.Array, key: jax.Array) -> TrainState:
@@ -42,6 +42,15 @@ def state_template(experiment: Experiment, policy: Policy, mesh: Mesh, index: in
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+def stage_spec(experiment: Experiment, stage: Reinforce, policy: Policy) -> StepSpec:
+    """What is compiled into the steps of a stage."""
+    return make_spec(
+        policy, stage.objective, stage.optimizer, reference=stage.reference, num_minibatches=stage.num_minibatches,
+        num_epochs=stage.num_epochs, num_microbatches=stage.num_microbatches, sampler=stage.sampler,
+        left_out=None if stage.eos_in_loss else experiment.task.tokenizer.eos_id, ledger=stage.ledger,
+    )  # fmt: skip
+
+
 class Stepper:
     """One rollout and its updates, with the compiled programs of a stage; `train_step` is that of the updates.
 
@@ -55,18 +64,13 @@ class Stepper:
 
     def __init__(self, experiment: Experiment, stage: Reinforce, policy: Policy, mesh: Mesh, key: jax.Array) -> None:
         task, objective = experiment.task, stage.objective
-        spec = make_spec(
-            policy, objective, stage.optimizer, reference=stage.reference, num_minibatches=stage.num_minibatches,
-            num_epochs=stage.num_epochs, num_microbatches=stage.num_microbatches, sampler=stage.sampler,
-            left_out=None if stage.eos_in_loss else task.tokenizer.eos_id,
-        )  # fmt: skip
         sampler = RolloutSpec(
             stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
             objective.temperature, (*task.rewards, *stage.shaping), sampler=stage.sampler or plain(),
             required=stage.required, answer_id=task.answer_id,
         )  # fmt: skip
         self._rollout = make_rollout(policy, sampler, mesh)
-        self.train_step = make_train_step(spec, stage.num_prompts, mesh)
+        self.train_step = make_train_step(stage_spec(experiment, stage, policy), stage.num_prompts, mesh)
         self._source = task.prompts("train", stage.mixture)
         self._task, self._mesh, self._key = task, mesh, key
         self._seed, self._num_prompts = experiment.seed, stage.num_prompts

@@ -77,6 +77,13 @@ def test_no_field_has_two_rules():
         assert len(matching) == 1, f"{path}: {matching}"
 
 
+def test_a_field_that_is_new_and_off_is_no_change():
+    old = [line for line in lines() if not line.startswith("stages.1.ledger")]
+    assert len(old) == len(lines()) - 1
+    assert check_resume(old, lines(), False)["changes"] == []
+    assert [change.path for change in resume_rules.find_changes(lines(), old)] == ["stages.1.ledger"]
+
+
 def test_equal_configs_leave_an_empty_record():
     assert check_resume(lines(), lines(), False) == {"allow_change": False, "changes": []}
 
