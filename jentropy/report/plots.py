@@ -113,14 +113,19 @@ def law_points(metrics: Lines) -> dict[Any, tuple[FloatArray, FloatArray]]:
     The entropy is `val/entropy` where the evaluation measured it, and else the step's `actor/entropy`. The law is a
     statement about one stage: a shift of the task changes its coefficients.
     """
-    stages: dict[Any, list[tuple[float, float]]] = {}
+    return {stage: (entropy, reward) for stage, (_, entropy, reward) in law_curves(metrics).items()}
+
+
+def law_curves(metrics: Lines) -> dict[Any, tuple[FloatArray, FloatArray, FloatArray]]:
+    """As `law_points`, with the step `[n]` of every evaluation before its entropy and reward."""
+    stages: dict[Any, list[tuple[float, float, float]]] = {}
     key = f"{REWARD}{_largest(REWARD, metrics)}"
     for line in _ordered(metrics):
         entropy, reward = line.get(HELD_OUT_ENTROPY, line.get(ENTROPY)), line.get(key)
         if _is_finite(entropy) and _is_finite(reward):
-            stages.setdefault(line.get("stage"), []).append((entropy, reward))
+            stages.setdefault(line.get("stage"), []).append((line["step"], entropy, reward))
     arrays = {stage: np.array(points, np.float64) for stage, points in stages.items()}
-    return {stage: (points[:, 0], points[:, 1]) for stage, points in arrays.items()}
+    return {stage: (points[:, 0], points[:, 1], points[:, 2]) for stage, points in arrays.items()}
 
 
 def smooth(values: FloatArray, width: int = SMOOTHING) -> FloatArray:

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from jentropy.train.compilations import num_compilations
 from jentropy.train.evaluate import Evaluator
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
 from jentropy.train.folder import open_folder, write_header
+from jentropy.train.law_metrics import LawMetrics
 from jentropy.train.metrics import MetricsWriter, divide, read_metrics
 from jentropy.train.preflight import check_room, num_bytes
 from jentropy.train.programs import EVALUATION, SAMPLING
@@ -114,8 +114,9 @@ class Run:
                     resume_step=(at["step"] if at else 0) if resume else None,
                 )
             )
-            skips = trailing_skips(read_metrics(self.out / "metrics.jsonl"))
-            self._quarantine = Quarantine(self.out / "quarantine", seed=seed, in_a_row=skips)
+            lines = read_metrics(self.out / "metrics.jsonl")
+            self._quarantine = Quarantine(self.out / "quarantine", seed=seed, in_a_row=trailing_skips(lines))
+            self._law = LawMetrics(lines)
             self._files = stack.pop_all()
 
     def _put(self, value: int) -> jax.Array:
@@ -216,7 +217,7 @@ class Run:
         self._watchdog.beat("evaluation")
         metrics = self._evaluator(params, self._eval_key, step)
         if write:
-            self._writer.write(step, {"stage": stage.name, **metrics})
+            self._writer.write(step, self._law(step, {"stage": stage.name, **metrics}))
 
     def _write(self, stage: Reinforce, pending: _Pending | None) -> None:
         """Fetches and writes the metrics of a step that was dispatched before; returns None, nothing is pending."""
@@ -259,7 +260,7 @@ class Run:
         num_prompts = self.experiment.evaluation.final_num_prompts
         final = make_evaluator(self.experiment, self.policy, self.mesh, num_prompts)
         name = self.experiment.stages[-1].name
-        line: Mapping[str, Any] = {"stage": name, "final": True, **final(params, self._eval_key, step, greedy=True)}
+        line = self._law(step, {"stage": name, "final": True, **final(params, self._eval_key, step, greedy=True)})
         self._writer.write(step, line)
         run_plot(read_metrics(self.out / "metrics.jsonl"), self.out / "plot.png", self.experiment.name)
         return {"step": step, **line}
