@@ -16,10 +16,12 @@ from jentropy.data.jsonl import CorruptDataError
 from jentropy.quickstart import quickstart
 from jentropy.train.checkpoint import CheckpointError
 from jentropy.train.doctor import doctor
+from jentropy.train.kept import KeptError
 from jentropy.train.lock import LockedError
-from jentropy.train.loop import evaluate_run, train
+from jentropy.train.loop import enable_compilation_cache, evaluate_run, train
 from jentropy.train.preflight import run_folder
 from jentropy.train.quarantine import NumericError, QuarantineError
+from jentropy.train.replay import replay_kept
 from jentropy.train.signals import PreemptedError
 
 
@@ -51,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--replay", action="store_true", help="replay the newest quarantined batch")
     check.add_argument("--step", type=int, default=None, help="replay the quarantined batch of this step")
     check.add_argument("--config", type=Path, metavar="CONFIG.py", help="its config, if it has functions of its own")
+    again = commands.add_parser("replay", help="do the updates of a kept step again, as they were or by another method")
+    again.add_argument("run", type=Path, metavar="RUN", help="folder of a run with keep_rollouts")
+    again.add_argument("--step", type=int, required=True, help="number of a kept rollout")
+    again.add_argument(
+        "--config", type=Path, metavar="CONFIG.py",
+        help="use the method of this config (or the run's own config, if it has functions of its own)",
+    )  # fmt: skip
     return parser
 
 
@@ -86,6 +95,20 @@ def _doctor(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
+def _replay(args: argparse.Namespace) -> int:
+    enable_compilation_cache()
+    found = replay_kept(args.run, args.step, _config_at(args.config))
+    print(found.text())
+    return found.exit_code
+
+
+_COMMANDS = {
+    "quickstart": _quickstart, "train": _train, "eval": _eval, "doctor": _doctor, "replay": _replay,
+}  # fmt: skip
+_WITH_CODE = (
+    *(CheckpointError, CorruptDataError, KeptError, LockedError),
+    *(NumericError, PreemptedError, QuarantineError),
+)
 _FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
@@ -98,10 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    command = {"quickstart": _quickstart, "train": _train, "eval": _eval, "doctor": _doctor}[args.command]
     try:
-        return command(args)
-    except (CheckpointError, CorruptDataError, LockedError, NumericError, PreemptedError, QuarantineError) as error:
+        return _COMMANDS[args.command](args)
+    except _WITH_CODE as error:
         print(f"jentropy: {error}", file=sys.stderr)
         return error.exit_code
     except (config_lib.ConfigError, ValueError, OSError, ImportError) as error:

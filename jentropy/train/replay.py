@@ -1,16 +1,18 @@
-"""Doing one step of a run again, on the very rollouts that it was given: was it the numbers, or the machine?
+"""Doing one step of a run again, on the very rollouts that it was given.
 
-A step's state is not stored with its batch. Training is a pure function of (config, step), so the state is made anew:
-from the newest checkpoint at or before the step, through the rollouts in between, by the programs of training. Their
-metrics must be those that the run wrote, else the replay says where it departed.
+A kept step (`Experiment.keep_rollouts`) has its state with it: `replay_kept` does its updates again, by the programs of
+training, and the metrics must be those that the run wrote; or it does them with another method.
+
+The state of a quarantined step is not stored with its batch: `replay` asks whether it was the numbers or the machine.
+Training is a pure function of (config, step), so the state is made anew: from the newest checkpoint at or before the
+step, through the rollouts in between. Their metrics must be those that the run wrote, else the replay says where it
+departed.
 """
 
-import contextlib
 import functools
 import json
 import math
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +25,17 @@ from jentropy import config as config_lib
 from jentropy.base import Array, Metrics, Policy
 from jentropy.policy.transformer import transformer
 from jentropy.train import filters
-from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
+from jentropy.train.kept import load_kept, restore_read_only
+from jentropy.train.ledger import PREFIX as LEDGER
 from jentropy.train.metrics import divide, read_metrics
+from jentropy.train.other_method import other_stage, state_under
 from jentropy.train.programs import SAMPLING
 from jentropy.train.quarantine import SKIPPED, load_batch, stored_steps
 from jentropy.train.sharding import make_mesh, replicated, row_sharding
 from jentropy.train.state import TrainState, new_stage
-from jentropy.train.stepper import Stepper, state_template
+from jentropy.train.step import make_train_step
+from jentropy.train.stepper import Stepper, stage_spec, state_template
 from jentropy.train.warm_start import cached_warm_start, init_params, run_supervised
 
 
@@ -92,15 +97,6 @@ def checkpoint_metadata(run: Path) -> dict[int, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
-@contextlib.contextmanager
-def _read_only(run: Path, step: int) -> Iterator[Checkpoints]:
-    """The one checkpoint, in a folder of its own: opening that of a run would clean up after a save in progress."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / str(step)).symlink_to((run / "checkpoints" / str(step)).resolve(), target_is_directory=True)
-        with Checkpoints(folder, max_to_keep=None) as checkpoints:
-            yield checkpoints
-
-
 class _Past:
     """The states that a run has been in."""
 
@@ -119,8 +115,8 @@ class _Past:
         raise ReplayError(f"the config of {self.run} has no stage {name!r} of reinforcement learning")
 
     def _restore(self, step: int, index: int) -> TrainState:
-        with _read_only(self.run, step) as checkpoints:
-            return checkpoints.restore(step, state_template(self.experiment, self.policy, self.mesh, index))[0]
+        template = state_template(self.experiment, self.policy, self.mesh, index)
+        return restore_read_only(self.run / "checkpoints", step, template)
 
     def before(self, index: int, step: int) -> tuple[TrainState, int]:
         """A state of the stage at or before rollout `step`, the newest there is, and the rollouts it has seen."""
@@ -163,18 +159,34 @@ class _Past:
         return cached_warm_start(self.config, self.policy, self.mesh, train)[0]
 
 
-def _same(found: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> bool:
-    """Whether a line of metrics holds these numbers, bit by bit; NaN equals NaN.
+_OF_LINES = ("stage", "step")
+"""What a line of metrics says besides numbers."""
 
-    A step that is given its rollout does not know what sampling said of itself.
+
+def differences(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Where a step done again departs from the line a run wrote: `(recorded, found)` by key, None for a missing one.
+
+    Numbers are compared bit by bit; NaN equals NaN. A step that is given its rollout does not know what sampling said
+    of itself: such keys are left out.
     """
-    if recorded is None:
-        return False
-    unknown = {name for name in recorded.keys() - found.keys() if name.startswith(filters.METRICS)}
-    if found.keys() != recorded.keys() - {"stage", "step"} - unknown:
-        return False
-    pairs = ((value, recorded[name]) for name, value in found.items())
-    return all(a == b or (isinstance(b, float) and math.isnan(a) and math.isnan(b)) for a, b in pairs)
+    keys = {name for name in found.keys() | recorded.keys() if name not in _OF_LINES}
+    keys -= set(_of_sampling(found, recorded))
+    pairs = {name: (recorded.get(name), found.get(name)) for name in sorted(keys)}
+    return {name: (a, b) for name, (a, b) in pairs.items() if not (a == b or (_is_nan(a) and _is_nan(b)))}
+
+
+def _of_sampling(found: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in recorded.keys() - found.keys() if name.startswith(filters.METRICS))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _same(found: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> bool:
+    """Whether a line of metrics holds these numbers; the ledger has a file of its own."""
+    found = {name: value for name, value in found.items() if not name.startswith(LEDGER)}
+    return recorded is not None and not differences(found, recorded)
 
 
 def replay(run: str | Path, step: int | None = None, config: fdl.Config | None = None) -> Replay:
@@ -217,3 +229,102 @@ def replay(run: str | Path, step: int | None = None, config: fdl.Config | None =
     _, metrics = stepper.train_step(state, jax.device_put(batch.rollouts, row_sharding(past.mesh)))
     skipped = check(step, metrics)
     return Replay(step, start, min(departed, default=None), float(description.get(SKIPPED, math.nan)), skipped)
+
+
+class KeptReplay(NamedTuple):
+    """A kept step done again.
+
+    Attributes:
+      step: the rollout's number.
+      stage: name of its stage.
+      method: name of the other config, None for the run's own.
+      recorded: metrics that the run wrote, those of the ledger included.
+      found: metrics now.
+    """
+
+    step: int
+    stage: str
+    method: str | None
+    recorded: Mapping[str, float]
+    found: Mapping[str, float]
+
+    @property
+    def differs(self) -> dict[str, tuple[Any, Any]]:
+        """`(the run's, now)` of each metric that is not the same bit by bit."""
+        return differences(self.found, self.recorded)
+
+    @property
+    def exit_code(self) -> int:
+        """1 for a step of the run's own method that is not what it was, else 0."""
+        return int(self.method is None and bool(self.differs))
+
+    def text(self) -> str:
+        """The finding as lines; under another method a table of all metrics."""
+        title = f"step {self.step} of stage {self.stage!r}"
+        if self.method is not None:
+            names = sorted(self.found.keys() | self.recorded.keys())
+            rows = [(name, self.recorded.get(name), self.found.get(name)) for name in names]
+            return f"{title} under {self.method}, from the same state and rollout\n{_table(rows, '{:.6g}')}"
+        unknown, differs = _of_sampling(self.found, self.recorded), self.differs
+        left_out = f"; of sampling, not done again: {', '.join(unknown)}" if unknown else ""
+        if not differs:
+            return f"{title}: equal in all {len(self.found)} keys{left_out}"
+        count = len(self.found.keys() | self.recorded.keys()) - len(unknown)
+        rows = [(name, *values) for name, values in differs.items()]
+        return f"{title}: {len(differs)} of {count} keys differ{left_out}\n{_table(rows, '{!r}')}"
+
+
+def _table(rows: list[tuple[str, Any, Any]], style: str) -> str:
+    cells = [(name, *("-" if value is None else style.format(value) for value in pair)) for name, *pair in rows]
+    cells = [("metric", "run", "replayed"), *cells]
+    name, one, other = (max(len(row[i]) for row in cells) for i in range(3))
+    return "\n".join(f"{a:<{name}}  {b:>{one}}  {c:>{other}}" for a, b, c in cells)
+
+
+def recorded_line(run: str | Path, step: int) -> dict[str, float]:
+    """The metrics that a run wrote of a rollout, those of the ledger included.
+
+    Raises:
+      ReplayError: none are there.
+    """
+    lines = [line for line in read_metrics(Path(run) / "metrics.jsonl") if SKIPPED in line and line["step"] == step]
+    if not lines:
+        raise ReplayError(f"{Path(run) / 'metrics.jsonl'} has no line of rollout {step}")
+    ledger = [line for line in read_metrics(Path(run) / "ledger.jsonl") if line["step"] == step]
+    merged = {name: value for line in (*lines, *ledger) for name, value in line.items()}
+    return {name: value for name, value in merged.items() if name not in _OF_LINES}
+
+
+def replay_kept(run: str | Path, step: int, config: fdl.Config | None = None) -> KeptReplay:
+    """Does the updates of a kept step again, from its state and on its rollout; nothing in the folder is changed.
+
+    On the devices and with the versions of the run its line in `metrics.jsonl` comes out bit for bit.
+
+    Args:
+      run: the run's folder.
+      step: the rollout's number.
+      config: another config, whose method is used instead, see `other_method`; or the run's own, if that uses functions
+        that are not jentropy's.
+
+    Raises:
+      ReplayError: the run wrote no metrics of the step.
+      FileNotFoundError, KeptError, CorruptCheckpointError, ConfigError: see `load_kept` and `other_stage`.
+    """
+    run = Path(run)
+    own = config is None or is_own(run, config)
+    kept = load_kept(run, step, config if own else None)
+    recorded = recorded_line(run, step)
+    if config is None or own:
+        method, stage, state = None, kept.stage, kept.state
+    else:
+        method, stage = config.name, other_stage(kept, config)
+        state = state_under(kept, stage)
+    train_step = make_train_step(stage_spec(kept.experiment, stage, kept.policy), stage.num_prompts, kept.mesh)
+    _, metrics = train_step(state, kept.placed())
+    return KeptReplay(step, stage.name, method, recorded, divide(jax.device_get(metrics)))
+
+
+def is_own(run: str | Path, config: fdl.Config) -> bool:
+    """Whether a config is the one that a run was begun or last resumed with."""
+    path = Path(run) / "config.txt"
+    return path.is_file() and config_lib.read_lines(path) == config_lib.flatten(config)
