@@ -38,7 +38,7 @@ class _Chain(NamedTuple):
         return one in order and other in order and len(order) - order[::-1].index(one) - 1 > order.index(other)
 
 
-_REGULATORS = ("adaptive_entropy", "siren")
+_REGULATORS = ("adaptive_entropy", "entropy_band", "siren")
 _ADVANTAGE = ("entropy_advantage", "semantic_entropy")
 _SELECTORS = ("clip_cov", "kl_cov", "steer", "ce_gppo")
 _WITHOUT_STD = [grpo(scale_rewards="none", singleton=single).estimate for single in ("zero", "raw")]
@@ -54,9 +54,10 @@ def _two_of_a_kind(chain: _Chain) -> Conflict | None:
 
 
 def _two_regulators(chain: _Chain) -> Conflict | None:
-    if chain.count(*_REGULATORS) < 2:
+    found = [method for method in _REGULATORS if chain.count(method)]
+    if len(found) < 2:
         return None
-    return Conflict("siren and adaptive_entropy both steer the entropy to a target of their own", refused=True)
+    return Conflict(f"{found[1]} and {found[0]} both steer the entropy to a target of their own", refused=True)
 
 
 def _bonus_beside_a_regulator(chain: _Chain) -> Conflict | None:

@@ -15,6 +15,7 @@ from jentropy.mechanisms.ce_gppo import ce_gppo
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.entropy_advantage import entropy_advantage
+from jentropy.mechanisms.entropy_band import entropy_band
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
 from jentropy.mechanisms.kl_cov import kl_cov
 from jentropy.mechanisms.siren import siren
@@ -60,11 +61,18 @@ WARNED = {
     "shaping after covariance": (objective(a=clip_cov(), b=entropy_advantage()), "already read the advantage"),
     "nothing to preserve": (objective(a=ce_gppo()), "does nothing"),
     "bonus and regulator": (objective(a=adaptive_entropy(), b=entropy_bonus()), "pulls the entropy away"),
+    "bonus and guard": (objective(a=entropy_bonus(), b=entropy_band()), "pulls the entropy away"),
     "no token ratio": (objective(surrogate=surrogates.reinforce, a=kl_cov()), "are defined for surrogates.ratio"),
 }
 REFUSED = {
     "twice": (objective(a=clip_cov(), b=clip_cov()), "clip_cov stands in the chain twice"),
-    "two regulators": (objective(a=siren(), b=adaptive_entropy()), "target of their own"),
+    "two regulators": (objective(a=siren(), b=adaptive_entropy()), "siren and adaptive_entropy both steer"),
+    "band and target": (
+        objective(a=entropy_band(), b=adaptive_entropy()),
+        "entropy_band and adaptive_entropy both steer",
+    ),
+    "band and SIREN": (objective(a=entropy_band(), b=siren()), "siren and entropy_band both steer"),
+    "two bands": (objective(a=entropy_band(), b=entropy_band()), "entropy_band stands in the chain twice"),
     "late bounds": (objective(a=clip_cov(), b=clip_range()), "clip_range stands behind clip_cov"),
     "late bounds in a block": (objective(a=blockwise(clip_cov(), rows=2), b=clip_range()), "stands behind clip_cov"),
 }

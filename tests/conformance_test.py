@@ -36,6 +36,7 @@ from jentropy.mechanisms.ce_gppo import ce_gppo
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.entropy_advantage import entropy_advantage
+from jentropy.mechanisms.entropy_band import entropy_band
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
 from jentropy.mechanisms.importance_correction import importance_correction, rejection
 from jentropy.mechanisms.kl_cov import kl_cov
@@ -117,6 +118,8 @@ METHODS: dict[str, Case] = {
     "clip_range": Case(clip_range, {"epsilon_low": 0.3, "epsilon_high": 0.5}, {"epsilon_low": 1, "epsilon_high": INF}),
     "entropy_advantage": Case(entropy_advantage, {"entropy_adv_alpha": 0.2, "entropy_adv_kappa": 3.0},
                               {"entropy_adv_alpha": 0.0}),
+    "entropy_band": Case(entropy_band, {"entropy_low": 2, "entropy_high": 3, "entropy_coef_delta": 0.1,
+                         "entropy_coef_max": 0.2}, {"entropy_coef_max": 0.0}),
     "entropy_bonus": Case(entropy_bonus, {"entropy_coef": 0.1}, {"entropy_coef": 0.0}),
     "entropy_bonus/schedule": Case(entropy_bonus, {"entropy_coef": lambda k: jnp.where(k == 3, 0.1, 0.0)}),
     "importance_correction": Case(importance_correction, {"rollout_is_threshold": 1.3, "lower": 0.6},
