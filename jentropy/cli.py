@@ -14,6 +14,7 @@ import fiddle as fdl
 from jentropy import config as config_lib
 from jentropy.data.jsonl import CorruptDataError
 from jentropy.quickstart import quickstart
+from jentropy.report.fit import write_fit
 from jentropy.train.checkpoint import CheckpointError
 from jentropy.train.doctor import doctor
 from jentropy.train.kept import KeptError
@@ -60,7 +61,26 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=Path, metavar="CONFIG.py",
         help="use the method of this config (or the run's own config, if it has functions of its own)",
     )  # fmt: skip
+    _add_fit(commands)
+    _add_report(commands)
     return parser
+
+
+def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    law = commands.add_parser(
+        "fit", help="fit the law R = -a exp(H) + b to the evaluations of runs",
+        description="Fits reward against entropy for every stage of every run: a, b and the ceiling b - a with errors "
+        "and intervals, how well the beginning forecasts the rest, and entropy spent for reward gained. Runs of one "
+        "stage, policy and data are fitted together as well. Writes law.json and law.png.",
+    )  # fmt: skip
+    law.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    law.add_argument(
+        "--until", type=int, default=None, metavar="STEP",
+        help="fit only evaluations up to this step, and see how well they predict the later ones",
+    )  # fmt: skip
+    law.add_argument(
+        "--out", type=Path, default=None, metavar="FOLDER", help="of the files (default: RUN, for several runs/fit)"
+    )
 
 
 def _config_at(path: Path | None) -> fdl.Config | None:
@@ -102,8 +122,21 @@ def _replay(args: argparse.Namespace) -> int:
     return found.exit_code
 
 
+def _fit(args: argparse.Namespace) -> int:
+    print(write_fit(args.runs, args.out, args.until))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    enable_compilation_cache()
+    report(args.runs, args.out, num_responses=args.responses)
+    print(f"Report: {args.out}")
+    return 0
+
+
 _COMMANDS = {
     "quickstart": _quickstart, "train": _train, "eval": _eval, "doctor": _doctor, "replay": _replay,
+    "fit": _fit,
 }  # fmt: skip
 _WITH_CODE = (
     *(CheckpointError, CorruptDataError, KeptError, LockedError),
