@@ -74,7 +74,7 @@ class _Update:
         plan = plan.raise_term("entropy", -coef * weight).report(
             actor__entropy_coef=(coef, one),
             entropy_band__coef=(coef, one),
-            entropy_band__entropy=(total, count),
+            entropy_band__entropy=(jnp.where(is_new, total, 0.0), jnp.where(is_new, count, 0.0)),
             entropy_band__below=((state.side > 0).astype(dtype), one),
             entropy_band__above=((state.side < 0).astype(dtype), one),
             entropy_band__at_bound=(at_bound.astype(dtype), one),
@@ -105,7 +105,7 @@ def entropy_band(
 
     Not from a paper: the controller of `adaptive_entropy`, which has one side and a target, made into a guard that does
     nothing to a run whose entropy is where it should be. Δ and c_max are those of Skywork-OR1's scripts (2505.22312).
-    Reports why it acts as `entropy_band/below` and `entropy_band/above`, with the entropy it saw.
+    Reports why it acts as `entropy_band/below` and `entropy_band/above`, and e_k as `entropy_band/entropy`.
 
     Args:
       entropy_low: nats, finite and at least 0; 0 guards against explosion only.
