@@ -62,7 +62,6 @@ def _parser() -> argparse.ArgumentParser:
         help="use the method of this config (or the run's own config, if it has functions of its own)",
     )  # fmt: skip
     _add_fit(commands)
-    _add_report(commands)
     return parser
 
 
@@ -124,13 +123,6 @@ def _replay(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     print(write_fit(args.runs, args.out, args.until))
-    return 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    enable_compilation_cache()
-    report(args.runs, args.out, num_responses=args.responses)
-    print(f"Report: {args.out}")
     return 0
 
 
