@@ -51,7 +51,7 @@ def atlas(groups: Sequence[Group], num_responses: int = 16) -> str:
         try:
             tokens = load_tokens(run.path, step)
         except KeptError as error:
-            blocks.append(html.paragraph(f"{run.folder}: {error}"))
+            blocks.append(html.paragraph(f"{run.folder}: {_without_path(error, run)}"))
             continue
         for name in tokens.touched:
             mechanisms.setdefault(name, len(mechanisms))
@@ -126,17 +126,27 @@ def _block(group: Group, run: Run, tokens: Tokens, share: int, mechanisms: Mappi
         if not i or (tokens.group[row], prompts[i]) != (tokens.group[rows[i - 1]], prompts[i - 1]):
             body.append(f'<div class="asked"><p>prompt {tokens.group[row]}</p>{prompts[i]}</div>')
         body.append(_response(tokens, row, decoder, classes, marks))
+    remarks = [_without_path(remark, run) for remark in remarks]
     return (
         f"<h3>{html.text(group.label)}</h3>{html.paragraph(sentence, 'soft')}"
         + html.notes([f"{remark[0].upper()}{remark[1:]}." for remark in remarks]) + "".join(keys) + "".join(body)
     )  # fmt: skip
 
 
+def _without_path(message: object, run: Run) -> str:
+    """A message without the place of the run's folder on this machine."""
+    text = str(message)
+    for path in (run.path.resolve(), run.path.absolute(), run.path):
+        text = text.replace(str(path), run.folder)
+    return text
+
+
 def choose(tokens: Tokens, number: int) -> list[int]:
     """Rows to show: the first `PER_PROMPT` of prompts evenly spaced in the order of their mean reward."""
     total = np.nan_to_num(tokens.rewards).sum(axis=1)
     order = sorted(np.unique(tokens.group).tolist(), key=lambda g: (float(total[tokens.group == g].mean()), g))
-    wanted = min(len(order), -(-number // PER_PROMPT))
+    largest = max((int((tokens.group == g).sum()) for g in order), default=1)
+    wanted = min(len(order), -(-number // min(PER_PROMPT, largest)))
     places = np.linspace(0, len(order) - 1, wanted).round().astype(int) if wanted else []
     chosen = [np.flatnonzero(tokens.group == order[place])[:PER_PROMPT].tolist() for place in places]
     return list(itertools.chain.from_iterable(chosen))[:number]

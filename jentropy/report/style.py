@@ -12,6 +12,8 @@ NUM_SIGNED = 4
 MAX_MARKED = 8
 """Mechanisms whose tokens can be marked."""
 
+_DARK_INK = 0.565
+"""The lightness at which black and white text have equal contrast."""
 _PURPLE, _BLUE, _ORANGE = 310.0, 250.0, 55.0
 
 
@@ -36,7 +38,7 @@ def _hex(lightness: float, chroma: float, hue: float) -> str:
 def _level(share: float, hue: float, dark: bool) -> str:
     """Background and text of a token whose value is `share` of the scale."""
     lightness = 0.26 + 0.56 * share if dark else 0.985 - 0.56 * share
-    ink = "#000" if lightness > 0.62 else "#fff"
+    ink = "#000" if lightness > _DARK_INK else "#fff"
     return f"background:{_hex(lightness, 0.02 + 0.14 * share, hue)};color:{ink}"
 
 
