@@ -15,6 +15,7 @@ from jentropy import config as config_lib
 from jentropy.data.jsonl import CorruptDataError
 from jentropy.quickstart import quickstart
 from jentropy.report.fit import write_fit
+from jentropy.report.report import report
 from jentropy.train.checkpoint import CheckpointError
 from jentropy.train.doctor import doctor
 from jentropy.train.kept import KeptError
@@ -62,7 +63,22 @@ def _parser() -> argparse.ArgumentParser:
         help="use the method of this config (or the run's own config, if it has functions of its own)",
     )  # fmt: skip
     _add_fit(commands)
+    _add_report(commands)
     return parser
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    page = commands.add_parser(
+        "report", help="write one HTML page about runs",
+        description="Writes one page that needs no network: final figures, curves with bands over seeds, the law with "
+        "its forecast, the entropy ledger, configs and their differences, and responses token by token. Runs that "
+        "differ only in seeds and name are one method.",
+    )  # fmt: skip
+    page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    page.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s")
+    page.add_argument(
+        "--responses", type=int, default=16, metavar="N", help="responses in the token atlas, in all (default: 16)"
+    )
 
 
 def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -126,9 +142,17 @@ def _fit(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    enable_compilation_cache()
+    report(args.runs, args.out, num_responses=args.responses)
+    print(f"Report: {args.out}")
+    return 0
+
+
 _COMMANDS = {
     "quickstart": _quickstart, "train": _train, "eval": _eval, "doctor": _doctor, "replay": _replay,
     "fit": _fit,
+    "report": _report,
 }  # fmt: skip
 _WITH_CODE = (
     *(CheckpointError, CorruptDataError, KeptError, LockedError),
