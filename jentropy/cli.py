@@ -25,6 +25,7 @@ from jentropy.train.preflight import run_folder
 from jentropy.train.quarantine import NumericError, QuarantineError
 from jentropy.train.replay import replay_kept
 from jentropy.train.signals import PreemptedError
+from jentropy.train.what_if import what_if
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,23 +63,19 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=Path, metavar="CONFIG.py",
         help="use the method of this config (or the run's own config, if it has functions of its own)",
     )  # fmt: skip
+    other = commands.add_parser("what-if", help="what the methods of some configs would do with a kept rollout")
+    other.add_argument("run", type=Path, metavar="RUN", help="folder of a run with keep_rollouts")
+    other.add_argument("--step", type=int, required=True, help="number of a kept rollout")
+    other.add_argument(
+        "--config", dest="configs", type=Path, nargs="+", action="extend", default=[], metavar="CONFIG.py",
+        help="compare the methods of these configs with the run's own and plain GRPO",
+    )  # fmt: skip
+    other.add_argument("--measure", action="store_true", help="make each method's real updates and measure the change")
+    other.add_argument("--updates", type=int, metavar="M", help="with --measure: real updates (default: the config's)")
+    other.add_argument("--out", type=Path, metavar="FILE.json", help="write the findings there as well")
     _add_fit(commands)
     _add_report(commands)
     return parser
-
-
-def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    page = commands.add_parser(
-        "report", help="write one HTML page about runs",
-        description="Writes one page that needs no network: final figures, curves with bands over seeds, the law with "
-        "its forecast, the entropy ledger, configs and their differences, and responses token by token. Runs that "
-        "differ only in seeds and name are one method.",
-    )  # fmt: skip
-    page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
-    page.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s")
-    page.add_argument(
-        "--responses", type=int, default=16, metavar="N", help="responses in the token atlas, in all (default: 16)"
-    )
 
 
 def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -95,6 +92,20 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )  # fmt: skip
     law.add_argument(
         "--out", type=Path, default=None, metavar="FOLDER", help="of the files (default: RUN, for several runs/fit)"
+    )
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    page = commands.add_parser(
+        "report", help="write one HTML page about runs",
+        description="Writes one page that needs no network: final figures, curves with bands over seeds, the law with "
+        "its forecast, the entropy ledger, configs and their differences, and responses token by token. Runs that "
+        "differ only in seeds and name are one method.",
+    )  # fmt: skip
+    page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    page.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="default: %(default)s")
+    page.add_argument(
+        "--responses", type=int, default=16, metavar="N", help="responses in the token atlas, in all (default: 16)"
     )
 
 
@@ -137,6 +148,20 @@ def _replay(args: argparse.Namespace) -> int:
     return found.exit_code
 
 
+def _what_if(args: argparse.Namespace) -> int:
+    if args.updates is not None and not args.measure:
+        raise ValueError("--updates is for --measure: without it no update is made")
+    enable_compilation_cache()
+    configs = [config_lib.load_config(path) for path in args.configs]
+    found = what_if(args.run, args.step, configs, measure=args.measure, updates=args.updates)
+    print(found.text())
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        print(f"Findings: {args.out}")
+    return 0
+
+
 def _fit(args: argparse.Namespace) -> int:
     print(write_fit(args.runs, args.out, args.until))
     return 0
@@ -152,6 +177,7 @@ def _report(args: argparse.Namespace) -> int:
 _COMMANDS = {
     "quickstart": _quickstart, "train": _train, "eval": _eval, "doctor": _doctor, "replay": _replay,
     "fit": _fit,
+    "what-if": _what_if,
     "report": _report,
 }  # fmt: skip
 _WITH_CODE = (

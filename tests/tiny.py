@@ -9,9 +9,11 @@ import fiddle as fdl
 import jax
 import pytest
 
+from jentropy import config as config_lib
 from jentropy import embedded
 from jentropy.data import chain_sum
 from jentropy.data.task import chain_sum_task
+from jentropy.mechanisms.adaptive_entropy import adaptive_entropy
 from jentropy.policy.transformer import TransformerConfig
 from jentropy.train import loop, stepper
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
@@ -47,6 +49,25 @@ def tiny() -> fdl.Config:
         checkpoint_every=3,
         eval_batch=4,
     )
+
+
+KEPT = (0, 2, 3, 4, 6)
+"""Rollouts that `keeping` keeps; stages begin at 0 and 5, and in 0, 2 and 6 some response is right."""
+
+
+def keeping(*overrides: str) -> fdl.Config:
+    """The tiny experiment, which keeps some rollouts; its second stage has an adaptive entropy bonus."""
+    config = tiny()
+    config.stages[2].objective = embedded.objective({"bonus": fdl.Config(adaptive_entropy)})
+    return config_lib.apply_overrides(config, [f"keep_rollouts={KEPT}", *overrides])
+
+
+def with_method(mechanisms: dict | None = None, name: str = "other", **parts: object) -> fdl.Config:
+    """The tiny experiment with another method in both stages of reinforcement learning."""
+    config = config_lib.apply_overrides(tiny(), [f"name={name}"])
+    for stage in config.stages[1:]:
+        stage.objective = embedded.objective(mechanisms, **parts)
+    return config
 
 
 class InterruptionError(Exception):

@@ -24,6 +24,7 @@ from jentropy.train.compilations import num_compilations
 from jentropy.train.evaluate import Evaluator
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
 from jentropy.train.folder import open_folder, write_header
+from jentropy.train.kept import KeptWriter
 from jentropy.train.law_metrics import LawMetrics
 from jentropy.train.metrics import MetricsWriter, divide, read_metrics
 from jentropy.train.preflight import check_room, num_bytes
@@ -117,6 +118,7 @@ class Run:
             lines = read_metrics(self.out / "metrics.jsonl")
             self._quarantine = Quarantine(self.out / "quarantine", seed=seed, in_a_row=trailing_skips(lines))
             self._law = LawMetrics(lines)
+            self._kept = KeptWriter(self.out, self.experiment, identity=identity, resume_step=at["step"] if at else 0)
             self._files = stack.pop_all()
 
     def _put(self, value: int) -> jax.Array:
@@ -196,7 +198,12 @@ class Run:
                         self._stop.check(start + n)
                 began = time.perf_counter()
                 self._watchdog.beat()
+                keep = self._kept.is_due(start + n)
+                if keep:
+                    compiled += self._kept.save_state(start + n, index, n, state)
                 state, metrics, batch = stepper(state, start + n)
+                if keep:
+                    self._kept.save_rollouts(start + n, index, batch)
                 self._write(stage, pending)
                 pending = _Pending(start + n, metrics, batch, began)
                 if n - done < _WARM:

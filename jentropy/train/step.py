@@ -349,6 +349,16 @@ def _with_reference(spec: StepSpec, state: TrainState, rows: Rollouts) -> Rollou
     return rows.replace(token_data={**rows.token_data, "ref_log_prob": scores["log_prob"]})
 
 
+def step_rows(spec: StepSpec, state: TrainState, rollouts: Rollouts, mesh: Mesh) -> Rollouts:
+    """The rows of a rollout as the updates of a step see them, scored by the reference policy if there is one."""
+    return _with_reference(spec, state, select_valid(_without(spec.left_out, constrain_rows(rollouts, mesh))))
+
+
+def step_key(state: TrainState) -> Array:
+    """The key of a step's updates."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, UPDATES), state.step)
+
+
 @functools.lru_cache
 def make_train_step(
     spec: StepSpec, num_groups: int, mesh: Mesh
@@ -363,8 +373,7 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, rollouts: Rollouts) -> tuple[TrainState, Metrics]:
-        rows = _with_reference(spec, state, select_valid(_without(spec.left_out, constrain_rows(rollouts, mesh))))
-        key = jax.random.fold_in(jax.random.fold_in(state.key, UPDATES), state.step)
+        rows, key = step_rows(spec, state, rollouts, mesh), step_key(state)
         if spec.num_updates == 1:
             carry, metrics, carried, seen = _single(spec, state, rows, key)
         else:
