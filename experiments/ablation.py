@@ -317,12 +317,12 @@ runs are too narrow by themselves. All of it holds for a policy of 99,648 parame
 """
 
 
-def parser(doc: str, out: str) -> argparse.ArgumentParser:
-    """The arguments that both scripts share."""
+def parser(doc: str, out: str, warm_starts: str = "0 1") -> argparse.ArgumentParser:
+    """The arguments that the scripts share; `warm_starts` are the default ones, in words."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--out", type=Path, default=Path(out), help=f"folder of the runs (default: {out})")
     found.add_argument("--write", type=Path, default=None, help="Markdown file for the tables")
-    found.add_argument("--warm-starts", nargs="+", type=int, default=None, help="seeds of warm starts (default: 0 1)")
+    found.add_argument("--warm-starts", nargs="+", type=int, default=None, help=f"their seeds (default: {warm_starts})")
     found.add_argument("--seeds", nargs="+", type=int, default=None, help="seeds of reinforcement learning on each")
     found.add_argument("--jobs", type=int, default=None, help="processes (default: one per core)")
     found.add_argument("--no-run", action="store_true", help="make no run: tables of what is there")
@@ -332,15 +332,22 @@ def parser(doc: str, out: str) -> argparse.ArgumentParser:
 
 
 def finish(args: argparse.Namespace, studies: Sequence[Study], heading: str, about: str) -> int:
-    """Makes the runs, prints the document and writes it if asked; returns the exit code.
-
-    0 done, 1 a run failed that may not fail again, 2 a bad argument, config or folder, 75 stopped by a signal.
-    """
+    """Makes the runs of the studies and writes their document; see `run_and_write`."""
     tasks = {task.out: task for each in studies for runs in each.tasks.values() for task in runs.values()}
+    return run_and_write(args, list(tasks.values()), lambda command: document(heading, about, studies, command))
+
+
+def run_and_write(args: argparse.Namespace, tasks: Sequence[Task], written: Callable[[str], str]) -> int:
+    """Makes the runs, prints what is `written` of them, given the command, and keeps it if asked.
+
+    Returns:
+      The exit code: 0 done, 1 a run failed that may not fail again, 2 a bad argument, config or folder, 75 stopped by a
+      signal.
+    """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if not args.no_run:
-            make_runs(list(tasks.values()), args.jobs or default_jobs())
+            make_runs(tasks, args.jobs or default_jobs())
     except config_lib.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -349,12 +356,12 @@ def finish(args: argparse.Namespace, studies: Sequence[Study], heading: str, abo
         return PreemptedError.exit_code
     finally:
         signal.signal(signal.SIGTERM, before)
-    text = document(heading, about, studies, shlex.join(["python", *sys.argv]))
+    text = written(shlex.join(["python", *sys.argv]))
     print(text)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)
         args.write.write_text(text, encoding="utf-8")
-    failed = [read_failure(task.out) for task in tasks.values() if not is_finished(task.out)]
+    failed = [read_failure(task.out) for task in tasks if not is_finished(task.out)]
     return int(not args.no_run and any(failure is None or not failure.lasting for failure in failed))
 
 

@@ -1,7 +1,6 @@
-"""Runs methods over warm starts and seeds in the SHIFT or LAW setting, and writes a table with intervals.
+"""Runs methods over warm starts and seeds in the SHIFT setting, and writes a table with intervals.
 
     python experiments/study.py shift --out runs/shift --write experiments/results/shift.md
-    python experiments/study.py law --out runs/law --write experiments/results/law.md
 
 Finished runs are kept: called again, it goes on where it stopped. Two cores, about one minute a run.
 """
@@ -20,9 +19,8 @@ from jentropy import embedded
 from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.kl_cov import kl_cov
 from jentropy.report.comparison import Figure, mean_rows, paired_rows, run_rows
-from jentropy.report.summary import final_line, law_of, shift_row
+from jentropy.report.summary import shift_row
 from jentropy.report.tables import table
-from jentropy.theory.law import ceiling_interval
 
 METHODS: dict[str, tuple[str, Callable[[], Mapping[str, fdl.Config]]]] = {
     "grpo": ("GRPO", dict),
@@ -85,60 +83,18 @@ digits repeat in them.
 """
 
 
-def law(args: argparse.Namespace) -> str:
-    """The LAW study as Markdown."""
-    rows = []
-    for warm in args.warm_starts:
-        for seed in args.seeds:
-            name = f"law_grpo-w{warm}-s{seed}"
-            lines = finished(args.out / name, embedded.law(name, warm_start_seed=warm, seed=seed))
-            fit, entropy, reward = law_of(lines)
-            low, high = ceiling_interval(entropy, reward, seed=0)
-            final = final_line(lines)
-            rows.append({
-                "run": f"warm start {warm}, seed {seed}",
-                "reward": f"{reward[0]:.3f} -> {final['val/reward/mean@8']:.3f}",
-                "entropy": f"{entropy[0]:.3f} -> {final['val/entropy']:.3f}",
-                "a": f"{fit.a:.3f} ± {fit.a_stderr:.3f}",
-                "b": f"{fit.b:.3f} ± {fit.b_stderr:.3f}",
-                "ceiling": f"{fit.ceiling:.3f} [{low:.3f}, {high:.3f}]",
-                "r2": fit.r_squared,
-                "points": fit.num_points,
-            })  # fmt: skip
-            print(rows[-1], flush=True)
-    columns = {
-        "run": "run", "reward": "held-out reward", "entropy": "entropy, nats", "a": "a", "b": "b",
-        "ceiling": "ceiling b - a", "r2": "R²", "points": "points",
-    }  # fmt: skip
-    return f"""# LAW: plain GRPO buys reward with entropy
-
-100 rollouts of plain GRPO from a warm start in which both strategies are likely (`jentropy/embedded.py`), and the fit
-of R = -a exp(H) + b to its evaluations, every 5 rollouts on 128 held-out prompts x 8 samples.
-
-Command: `{args.command}`
-
-The ends of reward and entropy are those of the final evaluation, 512 prompts x 8 samples. a, b ± standard error; the
-ceiling at zero entropy with its 90 % bootstrap interval over evaluations. Evaluations of one run are not independent,
-so the errors are too small by an unknown factor. One seed on each warm start.
-
-{table(rows, columns)}
-"""
-
-
 def main() -> None:
     """Parses the command line, runs the study, prints its tables and writes them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("shift", "law"))
+    parser.add_argument("study", choices=("shift",))
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--write", type=Path, default=None, help="Markdown file for the tables")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["grpo", "clip_cov", "entropy_bonus"])
-    parser.add_argument("--warm-starts", nargs="+", type=int, default=None, help="default: 0 1; for law 0 1 2")
-    parser.add_argument("--seeds", nargs="+", type=int, default=None, help="default: 0 1 2 3; for law 0")
+    parser.add_argument("--warm-starts", nargs="+", type=int, default=[0, 1], help="default: 0 1")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3], help="default: 0 1 2 3")
     args = parser.parse_args()
-    args.warm_starts = args.warm_starts or ([0, 1] if args.study == "shift" else [0, 1, 2])
-    args.seeds = args.seeds or ([0, 1, 2, 3] if args.study == "shift" else [0])
     args.command = shlex.join(["python", *sys.argv])
-    text = {"shift": shift, "law": law}[args.study](args)
+    text = shift(args)
     print(text)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)
