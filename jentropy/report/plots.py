@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from jentropy.theory.law import LawError, fit_law
+from jentropy.theory.law import LawError, fit_run
 
 Lines = Sequence[Mapping[str, Any]]
 FloatArray = NDArray[np.float64]
@@ -146,9 +146,10 @@ def _draw_law(axes: Axes, metrics: Lines, title: str = "Reward against entropy")
             entropy, reward, color=colour, linestyle="", marker="o", markersize=5.5, alpha=0.45, markeredgewidth=0
         )
         try:
-            law = fit_law(entropy, reward)
+            law = fit_run(entropy, reward)
         except LawError as error:
-            axes.plot([], [], color=colour, linestyle="", marker="o", label=f"{name}no fit: {error}")
+            where = f"{stage}:\n" if name else ""
+            axes.plot([], [], color=colour, linestyle="", marker="o", label=f"{where}no fit: {error}")
             continue
         curve = np.linspace(0.0, 1.03 * entropy.max(), 200)
         sign = "+" if law.b >= 0 else "-"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jentropy.report.plots import law_points
-from jentropy.theory.law import Law, LawError, fit_law
+from jentropy.theory.law import Law, LawError, fit_run
 
 WINDOW = 10
 """Rollouts over which the entropy before the shift is averaged."""
@@ -101,4 +101,4 @@ def law_of(lines: Sequence[Mapping[str, Any]]) -> tuple[Law, np.ndarray, np.ndar
     if len(stages) != 1:
         raise ValueError(f"the law is a statement about one stage, the run has {list(stages)}")
     ((entropy, reward),) = stages.values()
-    return fit_law(entropy, reward), entropy, reward
+    return fit_run(entropy, reward), entropy, reward

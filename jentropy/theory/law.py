@@ -179,15 +179,15 @@ def fit_run(entropy: ArrayLike, reward: ArrayLike) -> Law:
 
     Raises:
       LawError: as in `fit_law`; entropy rises over the run (its least-squares trend is not negative); or reward did not
-        rise as entropy fell (a is not positive).
+        rise as entropy fell (a is not positive), so that b - a is no ceiling.
     """
     law = fit_law(entropy, reward)
     entropy, reward = finite_vector("entropy", entropy), finite_vector("reward", reward)
     order = np.arange(entropy.size) - (entropy.size - 1) / 2
     if (order * entropy).sum() >= 0.0:
-        raise LawError(f"entropy rises over the run, in its trend of {entropy.size} points: none of it was spent")
+        raise LawError("entropy rises over the run: none was spent")
     if law.a * np.ptp(np.exp(entropy)) <= _SPREAD * np.abs(reward).max():
-        raise LawError("a is not positive: reward did not rise as entropy fell, so that b - a is no ceiling")
+        raise LawError("reward did not rise as entropy fell (a <= 0)")
     return law
 
 
