@@ -6,6 +6,7 @@ larger of two.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ Lines = Sequence[Mapping[str, Any]]
 
 MAX_POINTS = 200
 MAX_MARKS = 40
+MAX_LEGEND = 12
+"""Methods that are named below every picture; of more, the look is in the table of methods."""
 _DRAWS = 2000
 _OWN = re.compile(r"name|seed|stages\.\d+\.seed")
 
@@ -188,7 +191,7 @@ def points(lines: Lines, key: str) -> tuple[FloatArray, FloatArray]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and bool(np.isfinite(value))
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def band(values: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:

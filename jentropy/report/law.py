@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jentropy.report import html, svg
-from jentropy.report.curves import Group, spread
+from jentropy.report.curves import MAX_LEGEND, Group, spread
 from jentropy.report.html import number
 from jentropy.report.plots import law_points
 from jentropy.report.svg import FloatArray, Series
@@ -104,7 +104,7 @@ def _chart(stage: str, found: Sequence[tuple[Group, list[Fit]]]) -> str:
         ylabel="held-out reward", at_least=(0.0, 1.0),
     )  # fmt: skip
     entries = [(svg.swatch(group.style, hollow=True), group.label) for group, _ in found]
-    return html.figure(picture, f"Stage {stage}", html.legend(entries) if len(found) > 1 else "")
+    return html.figure(picture, f"Stage {stage}", html.legend(entries) if 1 < len(found) <= MAX_LEGEND else "")
 
 
 def _row(stage: str, group: Group, fits: Sequence[Fit]) -> dict[str, object]:
@@ -148,17 +148,17 @@ def _ceiling(fit: Fit, law: Law) -> str:
 
 def _reasons(stages: dict[str, list[tuple[Group, list[Fit]]]]) -> list[str]:
     """Why fits and forecasts are missing."""
-    found: dict[str, dict[str, int]] = {}
+    found: dict[tuple[str, str, str], dict[str, int]] = {}
     for stage, members in stages.items():
         for group, fits in members:
             for what, results in (("fit", [f.law for f in fits]), ("forecast", [f.ahead for f in fits])):
                 for error in (r for r in results if isinstance(r, LawError)):
-                    counts = found.setdefault(f"Stage {stage}, no {what}, {error}", {})
+                    counts = found.setdefault((stage, what, str(error)), {})
                     counts[group.label] = counts.get(group.label, 0) + 1
-    return [
-        f"{reason}: {', '.join(label if n == 1 else f'{label} ({n} runs)' for label, n in counts.items())}."
-        for reason, counts in found.items()
-    ]
+    named = {
+        key: ", ".join(f"{k} ({n} runs)" if n > 1 else k for k, n in counts.items()) for key, counts in found.items()
+    }
+    return [f"Stage {stage}: no {what} of {names}: {error}." for (stage, what, error), names in named.items()]
 
 
 def _forecasts(stages: dict[str, list[tuple[Group, list[Fit]]]]) -> str:

@@ -4,8 +4,9 @@ Reads the lines of `ledger.jsonl`: `ledger/<quantity>` of whole rollouts and `le
 parts of their tokens, which add up to the whole.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from jentropy.report import html, svg
 from jentropy.report.curves import Group, Lines, curve, points
 from jentropy.report.plots import SMOOTHING
 from jentropy.report.svg import Bar, FloatArray, Series
+
+Totals: TypeAlias = Mapping[tuple[str, str], Mapping[str, float]]
+"""(partition, quantity) -> part -> contribution of the part, summed over rollouts."""
 
 PREFIX = "ledger/"
 CHANGE, LEMMA, FIRST_ORDER = "entropy_change", "lemma1", "first_order"
@@ -53,13 +57,14 @@ def ledger_section(groups: Sequence[Group]) -> str:
     sentence = (
         "Change of the policy entropy by all updates of one rollout, at the states of that rollout, in nats: measured, "
         "by Lemma 1 (minus the covariance of log π and the change of the logits), and to first order in the change of "
-        f"the parameters. Curves are moving means of {SMOOTHING}. Contributions of the parts of a partition add up to "
-        "the whole; they are summed over the recorded rollouts and averaged over runs."
+        f"the parameters. Curves are moving means of {SMOOTHING}, the last one is as recorded. Contributions of the "
+        "parts of a partition add up to the whole; they are summed over the recorded rollouts and averaged over runs."
     )
     parts = [html.paragraph(sentence, "soft")]
     for group, runs in found[:MAX_GROUPS]:
         parts.append(f"<h3>{html.text(group.label)}</h3>" if len(groups) > 1 else "")
-        parts += [_agreement(runs), _pictures(group, runs), _numbers(runs)]
+        totals = _totals(runs)
+        parts += [_agreement(runs), _pictures(group, runs, totals), _numbers(totals)]
     left = [group.label for group, _ in found[MAX_GROUPS:]]
     without = [group.label for group in groups if not any(run.ledger for run in group.runs)]
     remarks = [f"Left out, more than {MAX_GROUPS} methods: {', '.join(left)}."] if left else []
@@ -98,7 +103,7 @@ def _agreement(runs: Sequence[Lines]) -> str:
     return html.table(rows, columns) if rows else ""
 
 
-def _pictures(group: Group, runs: Sequence[Lines]) -> str:
+def _pictures(group: Group, runs: Sequence[Lines], totals: Totals) -> str:
     """Curves, the scatter of predictions, and bars of every partition."""
     quantities = {CHANGE: "measured", **PREDICTIONS}
     pictures = [
@@ -109,16 +114,16 @@ def _pictures(group: Group, runs: Sequence[Lines]) -> str:
             f"{group.label}: covariance of log π and advantage",
         ),
     ]  # fmt: skip
-    for partition in _partitions(runs):
-        pictures.append(_bars(runs, partition, (CHANGE, LEMMA), ("measured (upper bar)", "Lemma 1 (lower bar)")))
-    if _sums(runs, "difficulty", "covariance"):
-        pictures.append(_bars(runs, "difficulty", ("covariance",), (), mean=True))
+    for partition in _partitions(totals):
+        pictures.append(_bars(totals, partition, (CHANGE, LEMMA), ("measured (upper bar)", "Lemma 1 (lower bar)")))
+    if ("difficulty", "covariance") in totals:
+        pictures.append(_bars(totals, "difficulty", ("covariance",), (), mean=True))
     return f'<div class="grid">{"".join(p for p in pictures if p)}</div>'
 
 
 def _lines(runs: Sequence[Lines], quantities: Mapping[str, str], title: str) -> str:
     drawn = [
-        curve(label, i, runs, PREFIX + key, smoothed=True, marks=key == FIRST_ORDER)
+        curve(label, i, runs, PREFIX + key, smoothed=key != FIRST_ORDER, marks=key == FIRST_ORDER)
         for i, (key, label) in enumerate(quantities.items())
     ]
     series = [one for one in drawn if one is not None]
@@ -155,48 +160,50 @@ def _scatter(group: Group, runs: Sequence[Lines]) -> str:
     )  # fmt: skip
 
 
-def _partitions(runs: Sequence[Lines]) -> list[str]:
+def _partitions(totals: Totals) -> list[str]:
     """Names of the partitions: the known ones first, then those by mechanism."""
-    names = {key.split("/")[1] for lines in runs for line in lines for key in line if _is_part(key)}
+    names = {partition for partition, _ in totals}
     return [name for name in TITLES if name in names] + sorted(names - TITLES.keys())
-
-
-def _is_part(key: str) -> bool:
-    return key.startswith(PREFIX) and key.count("/") == 3
 
 
 def _title(partition: str) -> str:
     return TITLES.get(partition) or f"By mechanism: {partition.removeprefix('mechanism.')}"
 
 
-def _sums(runs: Sequence[Lines], partition: str, quantity: str) -> dict[str, float]:
+def _totals(runs: Sequence[Lines]) -> Totals:
     """Sum over rollouts of each part's contribution, mean over the runs that have it, in the order of the parts."""
-    totals: dict[str, list[float]] = {}
+    sums: dict[str, list[float]] = {}
     for lines in runs:
         own: dict[str, float] = {}
         for line in lines:
             for key, value in line.items():
-                if _is_part(key) and _finite(value):
-                    _, name, part, kind = key.split("/")
-                    if (name, kind) == (partition, quantity):
-                        own[part] = own.get(part, 0.0) + float(value)
-        for part, value in own.items():
-            totals.setdefault(part, []).append(value)
+                if key.startswith(PREFIX) and key.count("/") == 3 and _finite(value):
+                    own[key] = own.get(key, 0.0) + float(value)
+        for key, value in own.items():
+            sums.setdefault(key, []).append(value)
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for key in sorted(sums, key=_place):
+        _, partition, part, quantity = key.split("/")
+        found.setdefault((partition, quantity), {})[part] = float(np.mean(sums[key]))
+    return found
+
+
+def _place(key: str) -> tuple[int, str]:
+    _, partition, part, _ = key.split("/")
     known = list(PARTS.get(partition, {}))
-    order = sorted(totals, key=lambda part: (known.index(part) if part in known else len(known), part))
-    return {part: float(np.mean(totals[part])) for part in order}
+    return known.index(part) if part in known else len(known), key
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and bool(np.isfinite(value))
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _bars(
-    runs: Sequence[Lines], partition: str, quantities: Sequence[str], labels: Sequence[str], *, mean: bool = False
+    totals: Totals, partition: str, quantities: Sequence[str], labels: Sequence[str], *, mean: bool = False
 ) -> str:
     """Bars of a partition: contributions, or with `mean` the mean over the tokens of each part."""
-    sums = [_sums(runs, partition, quantity) for quantity in quantities]
-    shares = _sums(runs, partition, "fraction")
+    sums = [totals.get((partition, quantity), {}) for quantity in quantities]
+    shares = totals.get((partition, "fraction"), {})
     if not any(sums):
         return ""
     rows = []
@@ -212,12 +219,12 @@ def _bars(
     return html.figure(picture, title, html.legend(entries) if labels else "")
 
 
-def _numbers(runs: Sequence[Lines]) -> str:
+def _numbers(totals: Totals) -> str:
     """All partitions as a table, shown on demand."""
     rows = []
-    for partition in _partitions(runs):
-        shares, measured = _sums(runs, partition, "fraction"), _sums(runs, partition, CHANGE)
-        lemma, total = _sums(runs, partition, LEMMA), sum(shares.values())
+    for partition in _partitions(totals):
+        shares, measured, lemma = (totals.get((partition, key), {}) for key in ("fraction", CHANGE, LEMMA))
+        total = sum(shares.values())
         for part, share in shares.items():
             rows.append(
                 {

@@ -13,7 +13,7 @@ from typing import Any
 from jentropy.base import require
 from jentropy.report import html, svg
 from jentropy.report.atlas import atlas
-from jentropy.report.curves import Group, Run, curve, differing, group_runs, points, read_runs, spread
+from jentropy.report.curves import MAX_LEGEND, Group, Run, curve, differing, group_runs, points, read_runs, spread
 from jentropy.report.html import Html
 from jentropy.report.law import law_section
 from jentropy.report.ledger import ledger_section
@@ -196,6 +196,8 @@ def curves_section(groups: Sequence[Group]) -> str:
         f"Against rollouts since the start of the run. What is measured on rollouts is a moving mean of {SMOOTHING}; "
         f"evaluations are marked. Dotted lines: a new stage.{bands}"
     )
+    if len(groups) > MAX_LEGEND:
+        sentence += " Which curve is which: see the table of methods; pointing at a curve names it."
     return html.paragraph(sentence, "soft") + f'<div class="grid">{"".join(pictures)}</div>' + _own(groups)
 
 
@@ -218,7 +220,7 @@ def _curves(
         at_least=at_least, verticals=sorted(boundaries), integer=True,
     )  # fmt: skip
     entries = [(svg.swatch(one.style, marks=one.marks), one.label) for one in series]
-    return html.figure(picture, title, html.legend(entries) if len(groups) > 1 else "")
+    return html.figure(picture, title, html.legend(entries) if 1 < len(groups) <= MAX_LEGEND else "")
 
 
 def _own(groups: Sequence[Group]) -> str:

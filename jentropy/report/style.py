@@ -73,7 +73,7 @@ main{max-width:1100px;margin:0 auto;padding:24px 20px 64px}
 h1{font-size:1.75rem;line-height:1.2;margin:0 0 .4em}
 h2{font-size:1.3rem;margin:2.4em 0 .6em;padding-top:.5em;border-top:1px solid var(--rule)}
 h3{font-size:1.05rem;margin:1.8em 0 .5em}
-h1,h2,h3,figcaption,td,th,li,p,summary{overflow-wrap:anywhere}
+h1,h2,h3,figcaption,li,p,summary,.wide td{overflow-wrap:anywhere}
 p{margin:.5em 0;max-width:75ch}
 .soft,.notes,.empty{color:var(--soft)}
 .notes{padding-left:1.2em;font-size:.9rem;max-width:85ch}
@@ -140,8 +140,9 @@ def _switches() -> str:
 
 _PAPER = """
 @media print{body{font-size:10pt}main{max-width:none;padding:0}nav,.tabs{display:none}
+.grid{grid-template-columns:1fr 1fr;gap:1em}.asked,.response{grid-template-columns:12em minmax(0,1fr)}
 figure,.asked,.response,tr{break-inside:avoid}h2,h3{break-after:avoid}.scroll,pre{overflow:visible}
-th,td,pre{white-space:normal;overflow-wrap:anywhere}pre{white-space:pre-wrap}
+table{font-size:7.5pt}td{white-space:normal}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:7.5pt}
 .t,.key b,.chart,.swatch{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
 

@@ -205,7 +205,7 @@ def test_sections_say_what_is_missing(write, tmp_path):
     read(content)
     assert "It is written when the field `ledger` of a stage is set" in section(content, "ledger")
     assert "`keep_rollouts` names" in section(content, "atlas") and "<input" not in content
-    assert "no fit, the law needs at least 3 points, got 1: law_grpo." in section(content, "law")
+    assert "Stage law: no fit of law_grpo: the law needs at least 3 points, got 1." in section(content, "law")
     assert "No run of this method has finished" in section(content, "methods")
     assert "a: not finished: 3 of 40 rollouts." in content
 
