@@ -11,7 +11,7 @@ import toy
 
 from jentropy import stats
 from jentropy.base import ENTROPY, LOG_PROB, Array, Mechanism, Output, hyper, initial_plan
-from jentropy.compose import blockwise, blockwise_normaliser, chain, penalty, quantity, stateless
+from jentropy.compose import blockwise, blockwise_normaliser, chain, penalty, quantity, stateless, walk
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
@@ -308,3 +308,93 @@ def test_metrics_of_one_name_add_up():
     one, two = jnp.float32(1.0), jnp.float32(2.0)
     plan = initial_plan(signals.batch, advantage).report(a__b=(one, two), c=(one, one)).report(a__b=(two, one))
     chex.assert_trees_all_equal(plan.metrics, {"a/b": (jnp.float32(3.0), jnp.float32(3.0)), "c": (one, one)})
+
+
+# walk
+
+
+def _raise_penalty(plan, signals, key):
+    """A term on the first token of every row, and one whose coefficient is 0."""
+    first = signals.batch.loss_mask & ~jnp.roll(signals.batch.loss_mask, 1, axis=1)
+    first = first.at[:, 0].set(signals.batch.loss_mask[:, 0])
+    return plan.raise_term("some", first.astype(plan.advantage.dtype)).raise_term(
+        "none", jnp.zeros_like(plan.advantage)
+    )
+
+
+def _drop_long(plan, signals, key):
+    """Takes tokens with a high score out of the denominator, and writes garbage outside the mask."""
+    high = signals.batch.loss_mask & (signals.scores["entropy"] > 1.0)
+    advantage = jnp.where(signals.batch.loss_mask, plan.advantage, jnp.nan)
+    return plan.replace(counted=plan.counted & ~high, advantage=advantage)
+
+
+def _raise_nothing(plan, signals, key):
+    return plan.raise_term("none", jnp.zeros_like(plan.advantage))
+
+
+def _walk(mechanism, signals, advantage, key=0):
+    plan = initial_plan(signals.batch, advantage)
+    return jax.jit(lambda *args: walk(mechanism.update, *args))(plan, mechanism.init(), signals, jax.random.key(key))
+
+
+def _assert_walk_is_update(mechanism, signals, advantage):
+    *found, touched = _walk(mechanism, signals, advantage, key=5)
+    chex.assert_trees_all_equal(tuple(found), _run(mechanism, signals, advantage, key=5))
+    assert all(not np.any(np.asarray(mark) & ~np.asarray(signals.batch.loss_mask)) for mark in touched.values())
+    return {name: np.asarray(mark) for name, mark in touched.items()}
+
+
+def test_walk_runs_a_nested_chain_and_says_who_touched_what():
+    _, signals, advantage = toy.random_batch(seed=2, shape=(ROWS, COLUMNS))
+    mask = np.asarray(signals.batch.loss_mask)
+    inner = chain(clip=clip_range(), bonus=entropy_bonus(entropy_coef=0.0), term=stateless(_raise_penalty))
+    mechanism = chain(
+        count=counter(1.0), cov=kl_cov(kl_cov_ratio=0.3, keep_clip=True), inner=inner, drop=stateless(_drop_long)
+    )
+    touched = _assert_walk_is_update(mechanism, signals, advantage)
+
+    assert set(touched) == {"count", "inner.clip", "inner.bonus", "inner.term", "drop", "cov"}
+    np.testing.assert_array_equal(touched["count"], mask)  # noise on pg_weight
+    np.testing.assert_array_equal(touched["inner.clip"], mask)
+    assert not touched["inner.bonus"].any()
+    first = mask & (np.cumsum(mask, axis=1) == 1)
+    np.testing.assert_array_equal(touched["inner.term"], first)
+    np.testing.assert_array_equal(touched["drop"], mask & (np.asarray(signals.scores["entropy"]) > 1.0))
+    plan, _ = _run(mechanism, signals, advantage, key=5)
+    selected, count = map(int, plan.metrics["kl_cov/selected_fraction"])
+    assert 0 < touched["cov"].sum() == selected < count == mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "names"),
+    [
+        (chain(), []),
+        (counter(1.0), ["compose_test"]),
+        (kl_cov(kl_cov_ratio=0.3), ["kl_cov"]),
+        (stateless(_add_one), ["compose_test"]),
+        (blockwise(kl_cov(kl_cov_ratio=0.3), rows=BLOCK), ["kl_cov"]),
+        (chain(blocks=blockwise(chain(a=clip_range(), b=kl_cov()), rows=BLOCK)), ["blocks"]),
+        (chain(outer=chain(middle=chain(a=stateless(_raise_nothing)))), ["outer.middle.a"]),
+    ],
+    ids=["empty", "no_chain", "method", "stateless", "blockwise", "blocks_of_a_chain", "deep"],
+)
+def test_walk_of_any_mechanism_is_its_update(mechanism, names):
+    _, signals, advantage = toy.random_batch(seed=3, shape=(ROWS, COLUMNS))
+    assert list(_assert_walk_is_update(mechanism, signals, advantage)) == names
+
+
+def test_a_block_of_a_chain_is_one_part():
+    _, signals, advantage = toy.random_batch(seed=3, shape=(ROWS, COLUMNS))
+    blocks = blockwise(chain(a=entropy_bonus(), b=kl_cov(kl_cov_ratio=0.3, keep_clip=True)), rows=BLOCK)
+    touched = _assert_walk_is_update(chain(blocks=blocks), signals, advantage)["blocks"]
+    parts, _ = _reference_blocks(blocks._replace(update=blocks.update.update), signals, advantage, jax.random.key(0))
+    assert 0 < touched.sum() == sum(int(p.metrics["kl_cov/selected_fraction"][0]) for p in parts) < touched.size
+
+
+def test_a_coefficient_that_stays_nan_was_not_touched():
+    _, signals, advantage = toy.random_batch()
+    advantage = advantage.at[0, 0].set(jnp.nan)
+    assert signals.batch.loss_mask[0, 0]
+    *_, touched = _walk(chain(bonus=entropy_bonus(), add=stateless(_add_one)), signals, advantage)
+    assert not np.any(touched["bonus"]) and not touched["add"][0, 0] and np.all(touched["add"][0, 1])

@@ -122,10 +122,11 @@ def contributions(values: Mapping[str, Array], partitions: Mapping[str, Partitio
     chex.assert_equal_shape([mask, *values.values()])
     dtype = jnp.result_type(*values.values())
     counted = {**values, "fraction": jnp.ones(mask.shape, dtype)}
-    number = jnp.sum(mask, dtype=dtype)
-    return {
-        f"{partition}/{part}/{quantity}": (stats.masked_sum(value, chosen), number)
-        for partition, parts in partitions.items()
-        for part, chosen in parts.items()
-        for quantity, value in counted.items()
-    }
+    stacked = jnp.where(mask, jnp.stack(list(counted.values())), 0.0)
+    number, found = jnp.sum(mask, dtype=dtype), {}
+    for partition, parts in partitions.items():
+        chosen = jnp.stack(list(parts.values())).astype(dtype)
+        sums = jnp.einsum("pbt,qbt->pq", chosen, stacked, precision=jax.lax.Precision.HIGHEST)
+        for i, part in enumerate(parts):
+            found |= {f"{partition}/{part}/{quantity}": (sums[i, j], number) for j, quantity in enumerate(counted)}
+    return found

@@ -122,7 +122,9 @@ def entropy_changes(
 
     def changes(part: Rollouts) -> dict[str, Array]:
         tau = part.token_data["temperature"][:, 1:] if "temperature" in part.token_data else temperature
-        hidden, hidden_after = (policy.hidden(params, part.tokens)[:, :-1] for params in (before, after))
+        # As in the scorer, so that the compiler takes it from there; the states after cost a pass of their own.
+        hidden = policy.hidden(before, part.tokens)[:, :-1]
+        hidden_after = policy.hidden(after, part.tokens[:, :-1])
         pair = head.pair_scores(hidden, unembed, hidden_after, unembed_after, temperature=tau)
         scores = head.linear_scores(hidden_after, unembed_after, part.tokens[:, 1:], temperature=tau)
         change = {"entropy_change": scores.entropy - pair.entropy, "lemma1": -pair.covariance}
