@@ -17,6 +17,7 @@ from jentropy.mechanisms.adaptive_entropy import adaptive_entropy
 from jentropy.policy.transformer import TransformerConfig
 from jentropy.train import loop, stepper
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
+from jentropy.train.ledger import Ledger
 from jentropy.train.optimizer import AdamW
 
 BEFORE, AFTER = 5, 4
@@ -56,8 +57,9 @@ KEPT = (0, 2, 3, 4, 6)
 
 
 def keeping(*overrides: str) -> fdl.Config:
-    """The tiny experiment, which keeps some rollouts; its second stage has an adaptive entropy bonus."""
+    """The tiny experiment, which keeps some rollouts; its second stage has an adaptive entropy bonus and a ledger."""
     config = tiny()
+    config.stages[2].ledger = fdl.Config(Ledger, first_order_every=2)
     config.stages[2].objective = embedded.objective({"bonus": fdl.Config(adaptive_entropy)})
     return config_lib.apply_overrides(config, [f"keep_rollouts={KEPT}", *overrides])
 

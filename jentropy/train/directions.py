@@ -60,7 +60,8 @@ def _direction(
 def _cosine(a: Any, b: Any) -> Array:
     """Of two trees; NaN if one is 0."""
     norms = optax.tree.norm(a) * optax.tree.norm(b)
-    return jnp.where(norms > 0, optax.tree.vdot(a, b) / jnp.where(norms > 0, norms, 1), jnp.nan)
+    cosine = optax.tree.vdot(a, b) / jnp.where(norms > 0, norms, 1)
+    return jnp.where(norms > 0, jnp.clip(cosine, -1, 1), jnp.nan)
 
 
 @functools.lru_cache

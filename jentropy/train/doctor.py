@@ -14,6 +14,7 @@ import fiddle as fdl
 
 from jentropy import config as config_lib
 from jentropy.train import manifest
+from jentropy.train.kept import FOLDER, KeptError, kept_steps, load_rollouts
 from jentropy.train.quarantine import SKIPPED, QuarantineError, load_batch, stored_steps
 from jentropy.train.replay import Replay, checkpoint_metadata, replay
 
@@ -169,6 +170,18 @@ def check_quarantine(run: str | Path) -> Findings:
     return Findings(tuple(problems), tuple(notes))
 
 
+def check_kept(run: str | Path) -> Findings:
+    """Whether the rollouts of every kept step, and the state before it, are what was written."""
+    run, problems, steps = Path(run), [], kept_steps(run)
+    for step in steps:
+        try:
+            load_rollouts(run, step)
+        except KeptError as error:
+            problems.append(str(error))
+        problems += [f"kept state {step}: {text}" for text in manifest.verify(run / FOLDER / "states" / str(step))]
+    return Findings(tuple(problems), (f"kept rollouts: {', '.join(map(str, steps))}",) if steps else ())
+
+
 def _difference(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     keys = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
     shown = [f"{key} {a.get(key, 'missing')!r} / {b.get(key, 'missing')!r}" for key in keys[:8]]
@@ -235,7 +248,8 @@ def doctor(
     run = Path(run)
     if not (run / "run.json").exists() and not (run / "metrics.jsonl").exists():
         raise FileNotFoundError(f"{run} holds no run: neither run.json nor metrics.jsonl")
-    found = [check(run) for check in (check_config, check_metrics, check_checkpoints, check_quarantine)]
+    checks = (check_config, check_metrics, check_checkpoints, check_quarantine, check_kept)
+    found = [check(run) for check in checks]
     problems = tuple(text for findings in found for text in findings.problems)
     notes = tuple(text for findings in found for text in findings.notes)
     again = replay(run, replay_step, config) if replay_newest or replay_step is not None else None

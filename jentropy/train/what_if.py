@@ -68,7 +68,8 @@ class Outcome(NamedTuple):
       gradient_norm: before clipping.
       predicted: mean change of the entropy over the rollout's tokens, to first order in dθ, nats.
       cosine_gradient, cosine_update: between its gradient, and dθ, and those of plain GRPO; None where one is 0.
-      touched: share of the rollout's tokens by the name of the mechanism that changed a coefficient there.
+      touched: share of the rollout's tokens by the name of the mechanism that changed a coefficient there; one that
+        sets bounds of the ratio, as `clip_range` does, touches all.
       measured: the same mean after the method's real updates, nats; None if not asked for.
       predicted_tokens: `[B, T]`, `predicted` by token, 0 outside the loss mask.
     """
@@ -111,17 +112,13 @@ class WhatIf(NamedTuple):
         columns = {
             "name": "method", "loss": "loss", "gradient_norm": "gradient norm", "predicted": "predicted dH",
             "measured": "measured dH", "cosine_gradient": "cos(gradient)", "cosine_update": "cos(update)",
+            "touched": "touched",
         }  # fmt: skip
-        rows = [self._row(outcome, columns) for outcome in self.outcomes]
-        names = list(dict.fromkeys(name for outcome in self.outcomes for name in outcome.touched))
-        for row, outcome in zip(rows, self.outcomes, strict=True):
-            row |= {f"touched {name}": f"{share:.2%}" for name, share in outcome.touched.items()}
         shown = {key: title for key, title in columns.items() if key != "measured" or self.updates}
-        shown |= {f"touched {name}": f"touched: {name}" for name in names}
         lines = [
             f"step {self.step} of stage {self.stage!r}: {self.num_tokens} tokens, entropy {self.entropy:.4f} nats",
-            "one update over the whole rollout; dH in nats, cosines to plain GRPO",
-            table(rows, shown),
+            "one update over the whole rollout; dH in nats, cosines to plain GRPO, shares of tokens touched",
+            table([self._row(outcome) for outcome in self.outcomes], shown),
         ]
         if self.updates:
             made = ", ".join(f"{name} {count}" for name, count in self.updates.items())
@@ -130,11 +127,11 @@ class WhatIf(NamedTuple):
         return "\n".join(lines)
 
     @staticmethod
-    def _row(outcome: Outcome, columns: Mapping[str, str]) -> dict[str, object]:
-        values = outcome._asdict()
+    def _row(outcome: Outcome) -> dict[str, object]:
+        row: dict[str, object] = dict(outcome._asdict())
         styles = dict.fromkeys(("predicted", "measured"), "{:+.3e}") | {"loss": "{:+.4g}", "gradient_norm": "{:.4g}"}
-        row: dict[str, object] = {name: values[name] for name in columns}
-        return {k: styles[k].format(v) if k in styles and v is not None else v for k, v in row.items()}
+        row |= {name: style.format(row[name]) for name, style in styles.items() if row[name] is not None}
+        return {**row, "touched": ", ".join(f"{name} {share:.2%}" for name, share in outcome.touched.items())}
 
     def to_json(self) -> dict[str, Any]:
         """All but the values by token, as JSON can hold it."""

@@ -20,6 +20,7 @@ from jentropy.mechanisms.entropy_bonus import entropy_bonus
 from jentropy.mechanisms.kl_reference import kl_reference
 from jentropy.train import kept, loop, replay
 from jentropy.train.checkpoint import CorruptCheckpointError
+from jentropy.train.doctor import doctor
 from jentropy.train.kept import DamagedKeptError, KeptError, load_kept, load_rollouts
 from jentropy.train.metrics import read_metrics
 from jentropy.train.other_method import other_stage, state_under
@@ -136,6 +137,7 @@ def test_a_replay_is_the_step_of_the_run_bit_by_bit(run, step):
     found = replay_kept(run, step)
     assert found.differs == {} and found.exit_code == 0
     assert len(found.found) > 20 and "actor/loss" in found.found
+    assert ("ledger/first_order" in found.found) == (step == 6), "the ledger is compared as well"
     assert found.text() == f"step {step} of stage {found.stage!r}: equal in all {len(found.found)} keys"
 
 
@@ -293,6 +295,15 @@ def test_damaged_files_are_named(copy, capsys):
     shutil.rmtree(folder / "states" / "4")
     with pytest.raises(CorruptCheckpointError, match=r"states/4 is missing"):
         load_kept(copy, 4)
+
+
+def test_the_doctor_looks_at_kept_steps(run, copy):
+    report = doctor(run)
+    assert report.problems == () and "kept rollouts: 0, 2, 3, 4, 6" in report.notes
+    (copy / "rollouts" / "step-00000002.safetensors").write_bytes(b"")
+    shutil.rmtree(copy / "rollouts" / "states" / "4")
+    first, second = doctor(copy).problems
+    assert "step-00000002.safetensors is damaged" in first and second == "kept state 4: MANIFEST.json: missing"
 
 
 def test_steps_that_the_run_does_not_have_are_refused():

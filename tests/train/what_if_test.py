@@ -99,7 +99,9 @@ def test_the_command_compares_all_methods(command):
     for name, outcome in by_name(found).items():
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} ")]
         assert f"{outcome['predicted']:+.3e}" in line and f"{outcome['loss']:+.4g}" in line
-    assert "touched: clip_cov" in text and "measured" not in text
+        share = ", ".join(f"{mechanism} {share:.2%}" for mechanism, share in outcome["touched"].items())
+        assert line.rstrip(" |").endswith(share)
+    assert "measured" not in text
     assert found["rank_agreement"] is None and found["updates"] == {}
 
 
@@ -160,7 +162,9 @@ def test_the_prediction_is_a_finite_difference_along_the_update(kept_run, real):
 
 def test_a_measured_step_is_the_real_one(kept_run, real):
     kept, entropy, after, _ = real
-    found = what_if(kept_run, STEP, measure=True, updates=1)
+    found = what_if(
+        kept_run, STEP, [tiny.keeping()], measure=True, updates=1
+    )  # the run's own config is no other method
     mask = kept.rollouts.loss_mask
     change = np.asarray(entropy(after.params) - entropy(kept.state.params))[mask].mean()
     assert found.outcomes[1].measured == pytest.approx(change, rel=1e-3, abs=1e-6)
