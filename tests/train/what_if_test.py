@@ -162,9 +162,8 @@ def test_the_prediction_is_a_finite_difference_along_the_update(kept_run, real):
 
 def test_a_measured_step_is_the_real_one(kept_run, real):
     kept, entropy, after, _ = real
-    found = what_if(
-        kept_run, STEP, [tiny.keeping()], measure=True, updates=1
-    )  # the run's own config is no other method
+    own = [tiny.keeping()]  # no other method
+    found = what_if(kept_run, STEP, own, measure=True, updates=1)
     mask = kept.rollouts.loss_mask
     change = np.asarray(entropy(after.params) - entropy(kept.state.params))[mask].mean()
     assert found.outcomes[1].measured == pytest.approx(change, rel=1e-3, abs=1e-6)
