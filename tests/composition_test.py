@@ -13,20 +13,14 @@ import jax
 import numpy as np
 import pytest
 from conformance_test import METHODS, example, jitted, quick_compilations, run_plan  # noqa: F401
+from covering import MECHANISMS, REFUSED
 
 from jentropy import conflicts, normalisers, presets, surrogates
 from jentropy.advantages.grpo import grpo
 from jentropy.base import Objective
 from jentropy.compose import chain
 
-ORDER = (
-    *("clip_range", "importance_correction", "rejection", "semantic_entropy", "entropy_advantage"),
-    *("clip_cov", "kl_cov", "steer", "ce_gppo", "top_entropy"),
-    *("kl_reference/k3", "entropy_bonus", "adaptive_entropy", "siren"),
-)
-"""One of each mechanism, in the order in which they are meant to stand."""
-PAIRS = list(itertools.combinations(ORDER, 2))
-REFUSED = {("adaptive_entropy", "siren")}
+PAIRS = list(itertools.combinations(MECHANISMS, 2))
 PERMUTATION = np.random.default_rng(3).permutation(conformance.ROWS)
 
 
@@ -71,7 +65,7 @@ def test_the_refused_pairs_are_these():
 
 
 STACKS = {
-    "all": tuple(name for name in ORDER if name not in ("siren", "entropy_bonus")),
+    "all": tuple(name for name in MECHANISMS if name not in ("siren", "entropy_band", "entropy_bonus")),
     "top-ρ and shaping": ("clip_range", "entropy_advantage", "top_entropy"),
     "covariance and a regulator": ("clip_range", "clip_cov", "siren"),
     "corrected and held": ("clip_range", "importance_correction", "kl_cov", "kl_reference/k3"),

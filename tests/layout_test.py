@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import covering
 import numpy as np
 import pytest
 
@@ -74,6 +75,20 @@ def test_samples_are_the_same(found, case, layout):
 @pytest.mark.parametrize("method", METHODS)
 def test_four_updates_are_the_same(found, method, layout):
     _assert_same_step(found[method][layout], found[method]["1x1x1"])
+
+
+def test_the_chains_cover_all_pairs():
+    found = set().union(*map(covering.combinations_of, covering.rows()))
+    assert found == covering.wanted()
+    assert max(map(len, (covering.ESTIMATORS, covering.SURROGATES, covering.NORMALISERS))) <= len(covering.chains())
+
+
+@pytest.mark.parametrize("case", sorted(covering.chains()))
+def test_covering_chains_are_the_same(found, case):
+    """Two updates of any combination of methods: in two micro-batches on eight devices, and at once on one."""
+    _assert_same_step(found[case]["other"], found[case]["1x1x1"])
+    params = _split(found[case]["1x1x1"])[0]
+    assert all(np.isfinite(x).all() for x in params.values())
 
 
 @pytest.mark.parametrize("layout", ["2x2x2", "pmap", "shard_map"])

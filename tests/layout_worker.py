@@ -5,10 +5,12 @@ Run by `layout_test.py` in a process of its own, since the number of devices is 
 """
 
 import functools
+import itertools
 import math
 import sys
 from typing import Any
 
+import covering
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jentropy.advantages.grpo import grpo
 from jentropy.advantages.rloo import rloo
-from jentropy.base import LOG_PROB, Objective, Rollouts, Signals
+from jentropy.base import ENTROPY, LOG_PROB, Objective, Rollouts, Signals
 from jentropy.compose import chain
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
@@ -148,6 +150,21 @@ def with_temperatures(mesh: Mesh, params: Any, rows: Rollouts) -> Any:
     return state.params, metrics, state.decode_state
 
 
+def covered_rows(params: Any, rows: Rollouts) -> Rollouts:
+    """Rows with two rewards, the first 0 or 1, and a sampler whose log-probabilities differ from the trainer's.
+
+    A row in which the entropies of two tokens are equal but for rounding is left out: a quantile lies between them.
+    """
+    rng = np.random.default_rng(4)
+    rewards = np.stack([np.round(rows.rewards[:, 0]), rng.random(rows.rewards.shape[0], np.float32)], axis=1)
+    noise = rng.normal(scale=0.2, size=rows.logp_sampler.shape).astype(np.float32)
+    scores = jax.jit(make_scorer(POLICY, (LOG_PROB, ENTROPY), 0.9))(params, {}, rows)
+    entropy = np.sort(np.where(rows.loss_mask, scores["entropy"], np.arange(100, 100 + noise.shape[1])), axis=1)
+    mask = rows.loss_mask & (np.diff(entropy, axis=1).min(axis=1, keepdims=True) > 1e-5)
+    assert mask.any(axis=1).mean() > 0.9
+    return rows.replace(rewards=rewards, logp_sampler=np.where(mask, rows.logp_sampler + noise, 0.0), loss_mask=mask)
+
+
 # The same step written for one device's rows, as someone with a mapped loop of their own would.
 
 
@@ -228,6 +245,10 @@ def main(out: str) -> None:
         keep("decoding", layout, sampled(meshes[layout], params, DECODING, ON_DEMAND))
         keep("temperatures", layout, with_temperatures(meshes[layout], params, decoded))
         keep("rloo", layout, stepped(meshes[layout], objective, params, rows, num_epochs=2, num_microbatches=2))
+    covered = covered_rows(params, jax.device_get(sampled(meshes["1x1x1"], params, required=ON_DEMAND)))
+    for (case, chained), layout in zip(covering.chains().items(), itertools.cycle(["2x2x2", "8x1x1", "1x2x4"])):
+        keep(case, "1x1x1", stepped(meshes["1x1x1"], chained, params, covered, num_epochs=2))
+        keep(case, "other", stepped(meshes[layout], chained, params, covered, num_epochs=2, num_microbatches=2))
     spec = make_spec(POLICY, objective, OPTIMIZER, reference=True, num_epochs=2)
     keep("rloo", "pmap", (by_pmap(spec, new_state(objective, params), rows),))
     keep("rloo", "shard_map", (by_shard_map(spec, new_state(objective, params), rows),))

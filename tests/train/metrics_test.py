@@ -1,5 +1,6 @@
 """Metrics files: exact bytes, resume by truncation, torn lines, TensorBoard events and their failure."""
 
+import errno
 import json
 import math
 import warnings
@@ -147,11 +148,18 @@ def test_failing_tensorboard_warns_once_and_the_run_goes_on(tmp_path):
 
 
 def test_a_full_disk_names_the_file(tmp_path):
+    class Full:
+        name = str(tmp_path / "full")
+
+        def close(self, *data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        write = flush = close
+
     writer = MetricsWriter(tmp_path)
-    metrics = writer._metrics
-    writer._metrics = open("/dev/full", "ab")
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+    writer._metrics.close()
+    writer._metrics = Full()
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/full'"):
         writer.write(0, {"x": 1.0})
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/full'"):
         writer.close()
-    metrics.close()
