@@ -41,6 +41,7 @@ from jentropy.mechanisms.ce_gppo import ce_gppo as ce_gppo
 from jentropy.mechanisms.clip_cov import clip_cov as clip_cov
 from jentropy.mechanisms.clip_range import clip_range as clip_range
 from jentropy.mechanisms.entropy_advantage import entropy_advantage as entropy_advantage
+from jentropy.mechanisms.entropy_band import entropy_band as entropy_band
 from jentropy.mechanisms.entropy_bonus import entropy_bonus as entropy_bonus
 from jentropy.mechanisms.importance_correction import importance_correction as importance_correction
 from jentropy.mechanisms.importance_correction import rejection as rejection
@@ -73,3 +74,17 @@ from jentropy.surrogates import dual_clip as dual_clip
 from jentropy.surrogates import gspo as gspo
 from jentropy.surrogates import ratio as ratio
 from jentropy.surrogates import sequence_ratio as sequence_ratio
+from jentropy.theory.consumption import entropy_consumption as entropy_consumption
+from jentropy.theory.covariance import covariance_by_difficulty as covariance_by_difficulty
+from jentropy.theory.covariance import group_covariance as group_covariance
+from jentropy.theory.covariance import token_covariance as token_covariance
+from jentropy.theory.entropy_change import lemma1 as lemma1
+from jentropy.theory.entropy_change import natural_gradient_change as natural_gradient_change
+from jentropy.theory.entropy_change import policy_gradient_change as policy_gradient_change
+from jentropy.theory.law import LawError as LawError
+from jentropy.theory.law import bootstrap_intervals as bootstrap_intervals
+from jentropy.theory.law import coverage as coverage
+from jentropy.theory.law import fit_law as fit_law
+from jentropy.theory.law import fit_run as fit_run
+from jentropy.theory.law import forecast as forecast
+from jentropy.theory.sizes import fit_sizes as fit_sizes
