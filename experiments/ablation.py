@@ -50,6 +50,8 @@ ENTROPY_MECHANISMS = (
     *("entropy_advantage", "semantic_entropy", "entropy_temperature", "e3_temperature", "qae", "steer", "ce_gppo"),
 )
 """Methods of tier 1, as far as they have a config."""
+INSTRUMENTS = ("ledger",)
+"""Configs that are no methods: they look at plain GRPO."""
 TIERS = {1: "entropy mechanisms", 2: "estimators, losses, sampling and the rest"}
 SEEDS = {1: [0, 1, 2, 3], 2: [0, 1]}
 """Of reinforcement learning on each warm start, by tier."""
@@ -133,7 +135,7 @@ SETTINGS = {
 def methods_of(setting: str) -> dict[str, Path]:
     """The configs of a setting by method, GRPO first."""
     found = {path.stem.removeprefix(f"{setting}_"): path for path in sorted(CONFIGS.glob(f"{setting}_*.py"))}
-    return {BASELINE: found[BASELINE]} | found
+    return {BASELINE: found[BASELINE]} | {method: path for method, path in found.items() if method not in INSTRUMENTS}
 
 
 def methods_of_tier(setting: str, tier: int) -> list[str]:

@@ -46,6 +46,7 @@ def specs(built: Experiment) -> list[StepSpec]:
         make_spec(
             transformer(built.policy), stage.objective, stage.optimizer, reference=stage.reference,
             num_minibatches=stage.num_minibatches, num_epochs=stage.num_epochs, sampler=stage.sampler,
+            ledger=stage.ledger,
         )
         for stage in policy_gradient_stages(built)
     ]  # fmt: skip
