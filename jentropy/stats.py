@@ -160,7 +160,7 @@ def _largest_key(count_below: Callable[[Array], Array], rank: Array, start: Arra
     one = jnp.ones_like(start)
 
     def refine(i: Array, prefix: Array) -> Array:
-        candidate = prefix ^ (one << (num_bits - 1 - i).astype(start.dtype))
+        candidate = prefix ^ (one << jnp.asarray(num_bits - 1 - i, start.dtype))
         return jnp.where(count_below(candidate) <= rank, candidate, prefix)
 
     return jax.lax.fori_loop(0, num_bits, refine, start)
