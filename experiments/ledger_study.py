@@ -95,9 +95,11 @@ prompts), which knows nothing of the update but its direction.
 
 Command: `{command}`
 
-{verdict(found)} Per prediction: Pearson's correlation with the measured change over the steps of the run, slope of the
-least squares of measured on predicted, and in brackets the number of steps. A slope of 1 is a prediction of the size as
-well; that of a covariance is -η, a rate of learning. Steps of one run are not independent.
+{verdict(found)}
+
+Per prediction: Pearson's correlation with the measured change over the steps of the run, slope of the least squares of
+measured on predicted, and in brackets the number of steps. A slope of 1 predicts the size as well; that of minus a
+covariance is in the place of a learning rate. Steps of one run are not independent.
 
 {table(rows, columns)}
 {absent}"""

@@ -93,8 +93,16 @@ def test_covering_chains_are_the_same(found, case):
 
 @pytest.mark.parametrize("layout", ["2x2x2", "pmap", "shard_map"])
 def test_micro_batches_and_mapped_steps_are_the_same(found, layout):
-    """All mechanisms at once, with RLOO and a mean over sequences: two micro-batches, or one's own mapped step."""
+    """All mechanisms at once, with RLOO, a mean over sequences and a ledger: two micro-batches, or a mapped step."""
     _assert_same_step(found["rloo"][layout], found["rloo"]["1x1x1"])
+
+
+def test_the_ledger_is_the_same(found):
+    """What the test above compares on 2x2x2 has changes, predictions and parts."""
+    names = {path for path in _split(found["rloo"]["2x2x2"])[1] if "ledger/" in path}
+    assert len(names) > 80 and "[1]['ledger/first_order']" in names
+    total, _ = _split(found["rloo"]["1x1x1"])[1]["[1]['ledger/lemma1']"]
+    assert abs(total) > 0.1
 
 
 def test_temperatures_are_the_same(found):

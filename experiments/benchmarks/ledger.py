@@ -4,8 +4,8 @@
     python experiments/benchmarks/ledger.py --write experiments/results/ledger_cost.md
 
 A step is what a run of the LAW setting does for one rollout: it draws 32 prompts, samples 8 responses to each, grades
-them, and makes 2 x 2 updates of plain GRPO. All variants start from the warm start and make the same steps. Time is
-that of all threads of the process (`time.process_time`); variants take turns. Use an idle machine.
+them, makes 2 x 2 updates of plain GRPO and fetches the metrics. All variants start from the warm start and make the
+same steps. Time is that of all threads of the process (`time.process_time`); variants take turns. Use an idle machine.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from jentropy.report.tables import table
 from jentropy.train.allocator import keep_freed_memory
 from jentropy.train.ledger import Ledger
 from jentropy.train.loop import enable_compilation_cache
+from jentropy.train.metrics import divide
 from jentropy.train.programs import SAMPLING
 from jentropy.train.sharding import make_mesh, replicated
 from jentropy.train.state import new_stage
@@ -61,7 +62,7 @@ def step_call(params: Any, ledger: Ledger | None) -> Call:
         nonlocal state, step
         state, metrics, _ = stepper(state, step)
         step += 1
-        return metrics
+        return divide(metrics)
 
     return call
 

@@ -106,6 +106,11 @@ def ledger_plot(lines: Lines, path: str | PathLike[str], title: str) -> None:
             axes.axvline(boundary, color=GREY, linestyle=":", linewidth=1.3, zorder=0)
     _finish(change, "Change of the entropy in a step", "step", "nats", tuple(keys))
     _finish(total, "Its sum over the steps of the ledger", "step", "nats", tuple(keys))
+    for axes in (change, total):
+        if axes.has_data():
+            low, high = min(0.0, axes.dataLim.ymin), max(0.0, axes.dataLim.ymax)
+            around = 0.05 * (high - low) or 1e-3
+            axes.set_ylim(low - around, high + around)
     _draw_scatter(scatter, lines)
     _draw_difficulty(difficulty, covariance_by_difficulty(lines))
     figure.suptitle(title, fontsize=13, fontweight="bold")
@@ -125,6 +130,7 @@ def _draw_scatter(axes: Axes, lines: Lines) -> None:
             axes.plot(*pairs.T, color=COLOURS[index], linestyle="", marker=marker, alpha=0.6, label=label)
     _finish(axes, "Measured against predicted", "predicted change of the entropy, nats", "measured, nats", (MEASURED,))
     if axes.has_data():
+        axes.legend(loc="upper left", fontsize=9, framealpha=0.85, edgecolor="none")
         axes.axline((0.0, 0.0), slope=1.0, color=GREY, linestyle=":", linewidth=1.3, zorder=0)
 
 

@@ -14,6 +14,7 @@ from step_test import COLUMNS, POLICY, ROWS, TEMPERATURE, objective, poison, qui
 
 from jentropy import features
 from jentropy.base import Policy, initial_plan
+from jentropy.policy.transformer import TransformerConfig, transformer
 from jentropy.surrogates import cispo, dual_clip, gspo, ratio, reinforce
 from jentropy.train import ledger, loop, step
 from jentropy.train.ledger import Ledger
@@ -347,6 +348,25 @@ def test_what_is_outside_the_mask_has_no_influence(fill):
 
 def test_a_rollout_without_a_token_has_no_entry():
     assert recorded(rollouts().replace(loss_mask=jnp.zeros_like(rollouts().loss_mask))) == {}
+
+
+def test_no_array_over_the_vocabulary():
+    """At V = 49152 one array of logits would take 403 MB."""
+    vocab, rows, columns = 49152, 32, 64
+    config = TransformerConfig(
+        vocab_size=vocab, width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_size=8, mlp_width=8
+    )  # fmt: skip
+    policy = transformer(config)
+
+    def widen(x):
+        return jax.ShapeDtypeStruct((rows, *(columns if n == COLUMNS else n for n in x.shape[1:])), x.dtype)
+
+    mark = jax.ShapeDtypeStruct((rows, columns), bool)
+    advantage = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+    seen = ledger.Seen(jax.tree.map(widen, rollouts()), advantage, {"clipped": mark})
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    lowered = _record.lower(EVERY_STEP, policy, 1.0, 1, params, params, jax.ShapeDtypeStruct((), jnp.int32), seen)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < rows * columns * vocab * 4 / 4
 
 
 # When.
