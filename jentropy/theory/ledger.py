@@ -3,9 +3,6 @@
 "Tokens" are all under the loss mask of the rollout, N of them. A partition is `{part: [B, T] bool}`; its parts are
 disjoint and cover the mask. A part's contribution is the sum of a value over its tokens over N, so that the
 contributions of a partition add up to the mean over all tokens. Everything is `(sum, count)`, as metrics are.
-
-The covariance of log-probability and advantage is that of arXiv 2505.22617: at the level of tokens each token's part of
-it (`token_covariance`), at the level of responses the bandit view, in which a response is one action.
 """
 
 from collections.abc import Mapping
@@ -21,13 +18,11 @@ from jentropy.base import Array, Metrics, Rollouts
 Partition: TypeAlias = Mapping[str, Array]
 """Part -> `[B, T]` bool; disjoint, their union is the loss mask."""
 
-DIFFICULTY = {"0": 0.0, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "1-": 1.0, "1": 1.0}
+DIFFICULTY = ("0", "0.25", "0.5", "0.75", "1-", "1")
 """Upper edge of each bin of group accuracy: 0, (0, .25], (.25, .5], (.5, .75], (.75, 1), 1."""
 
 TOP_FRACTIONS = ("0.0002", "0.002", "0.02")
 """Of the tokens with the largest absolute covariance; each part is without those before it."""
-
-_ACCURACY_ROUNDING = 1e-5
 
 
 def group_accuracy(rollouts: Rollouts) -> Array:
@@ -39,19 +34,15 @@ def group_accuracy(rollouts: Rollouts) -> Array:
     return stats.group_mean(reward, rollouts.group, valid)
 
 
-def by_difficulty(accuracy: Array, mask: Array) -> Partition:
-    """Tokens by the accuracy of their group; accuracies within 1e-5 of an edge count as the edge.
+def by_difficulty(difficulty: Array, mask: Array) -> Partition:
+    """Tokens by the bin of their group's accuracy, see `DIFFICULTY`.
 
     Args:
-      accuracy: `[B]`, of the row's group.
+      difficulty: `[B]` int32, of the row's group, see `theory.covariance.difficulty_bin`.
       mask: `[B, T]` bool.
     """
-    chex.assert_rank([accuracy, mask], [1, 2])
-    slack = _ACCURACY_ROUNDING
-    above = [jnp.ones_like(accuracy, bool)]
-    above += [accuracy > DIFFICULTY[name] + slack for name in ("0", "0.25", "0.5", "0.75")]
-    above += [accuracy >= 1.0 - slack, jnp.zeros_like(accuracy, bool)]
-    return {name: mask & (above[i] & ~above[i + 1])[:, None] for i, name in enumerate(DIFFICULTY)}
+    chex.assert_rank([difficulty, mask], [1, 2])
+    return {name: mask & (difficulty == index)[:, None] for index, name in enumerate(DIFFICULTY)}
 
 
 def by_sign(advantage: Array, mask: Array) -> Partition:
@@ -65,16 +56,11 @@ def by_mark(mark: Array, mask: Array, yes: str, no: str) -> Partition:
     return {yes: mask & mark, no: mask & ~mark}
 
 
-def token_covariance(log_prob: Array, advantage: Array, mask: Array) -> Array:
-    """(log π - mean)(A - mean) with means over all tokens, `[B, T]`, 0 outside the mask; its mean is the covariance."""
-    return stats.cross_deviation(log_prob, advantage, mask)
-
-
 def by_covariance_rank(covariance: Array, mask: Array, row_id: Array) -> Partition:
     """The ⌊q N⌋ tokens of the largest absolute covariance, for each q of `TOP_FRACTIONS`, and the rest.
 
     Args:
-      covariance: `[B, T]`, see `token_covariance`.
+      covariance: `[B, T]`, see `theory.covariance.token_covariances`.
       mask: `[B, T]` bool.
       row_id: `[B]` int32; ties go to the lowest `(row_id, column)`.
     """
@@ -86,29 +72,6 @@ def by_covariance_rank(covariance: Array, mask: Array, row_id: Array) -> Partiti
     for q, chosen in zip(TOP_FRACTIONS, top):
         parts[q], inner = chosen & ~inner, chosen
     return {**parts, "rest": mask & ~inner}
-
-
-def response_covariance(log_prob: Array, advantage: Array, mask: Array, group: Array) -> tuple[Array, Array]:
-    """Cov over the responses of a group of (mean log π of the response, its advantage), averaged over groups.
-
-    The bandit view of arXiv 2505.22617: a state is a prompt and an action a whole response, whose log-probability is
-    divided by its length. Population covariance, 1/n; a group of one response has 0. Advantages that differ within a
-    response are averaged over it. Responses without a token do not take part.
-
-    Args:
-      log_prob, advantage: `[B, T]`.
-      mask: `[B, T]` bool.
-      group: `[B]` int32 in [0, B).
-
-    Returns:
-      `(sum, count)` over groups.
-    """
-    chex.assert_rank([log_prob, advantage, mask, group], [2, 2, 2, 1])
-    used = jnp.any(mask, axis=1)
-    x, y = stats.masked_mean(log_prob, mask, axis=1), stats.masked_mean(advantage, mask, axis=1)
-    x, y = (jnp.where(used, v - stats.group_mean(v, group, used), 0.0) for v in (x, y))
-    total, number = (jax.ops.segment_sum(v, group, num_segments=group.size) for v in (x * y, jnp.where(used, 1.0, 0.0)))
-    return jnp.sum(total / jnp.maximum(number, 1.0)), jnp.sum(number > 0.0, dtype=x.dtype)
 
 
 def contributions(values: Mapping[str, Array], partitions: Mapping[str, Partition], mask: Array) -> Metrics:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jentropy import head
+from jentropy import head, stats
 from jentropy.base import Array, Metrics, Plan, Policy, Quantities, Rollouts, Surrogate, require
+from jentropy.theory import covariance as covariance_lib
 from jentropy.theory import ledger as theory
 from jentropy.train.entropy_derivative import entropy_derivative
 from jentropy.train.scoring import from_micro, to_micro
@@ -153,12 +154,23 @@ def partitions(seen: Seen, covariance: Array) -> dict[str, theory.Partition]:
     rows, marks = seen.rows, dict(seen.marks)
     mask = rows.loss_mask
     return {
-        "difficulty": theory.by_difficulty(theory.group_accuracy(rows), mask),
+        "difficulty": theory.by_difficulty(covariance_lib.difficulty_bin(theory.group_accuracy(rows)), mask),
         "advantage": theory.by_sign(seen.advantage, mask),
         "clipped": theory.by_mark(marks.pop("clipped"), mask, "yes", "no"),
         **{name: theory.by_mark(mark, mask, "touched", "untouched") for name, mark in marks.items()},
         "covariance_rank": theory.by_covariance_rank(covariance, mask, rows.row_id),
     }
+
+
+def _response_covariance(seen: Seen) -> tuple[Array, Array]:
+    """Summed over the prompts that have a response, and their number; an advantage is averaged over its response."""
+    rows, mask = seen.rows, seen.rows.loss_mask
+    log_prob = stats.masked_sum(rows.logp_old, mask, axis=1)
+    advantage = stats.masked_mean(seen.advantage, mask, axis=1)
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.int32)
+    found = covariance_lib.response_covariance(log_prob, advantage, lengths, rows.group, lengths > 0)
+    there = found.num_responses > 0
+    return jnp.sum(jnp.where(there, found.covariance, 0.0)), jnp.sum(there, dtype=log_prob.dtype)
 
 
 def record(
@@ -186,14 +198,13 @@ def record(
 
     def entry() -> Metrics:
         values = entropy_changes(policy, before, after, *arguments, num_microbatches)
-        covariance = theory.token_covariance(rows.logp_old, seen.advantage, mask)
+        covariance = covariance_lib.token_covariances(rows.logp_old, seen.advantage, mask)
         values["covariance"] = covariance
         number = jnp.sum(mask, dtype=covariance.dtype)
         whole = {name: (jnp.sum(value), number) for name, value in values.items()}
         del values["entropy_before"]
-        response = theory.response_covariance(rows.logp_old, seen.advantage, mask, rows.group)
         parts = theory.contributions(values, partitions(seen, covariance), mask)
-        return {**whole, "response_covariance": response, **parts}
+        return {**whole, "response_covariance": _response_covariance(seen), **parts}
 
     found = {
         **_maybe(_due(step, settings.every), entry),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import toy
 
-from jentropy.theory import ledger
+from jentropy.theory import covariance, ledger
 
 T, F = True, False
 
@@ -53,7 +53,7 @@ def test_accuracy_leaves_out_a_grader_that_abstained():
 )  # fmt: skip
 def test_bins_of_difficulty(accuracy, part):
     mask = jnp.array([[T, F, T], [F, F, F]])
-    found = part_of(ledger.by_difficulty(jnp.array([accuracy, 0.3]), mask))
+    found = part_of(ledger.by_difficulty(covariance.difficulty_bin(jnp.array([accuracy, 0.3])), mask))
     assert found.tolist() == [[part, "", part], ["", "", ""]]
 
 
@@ -68,45 +68,7 @@ def test_signs_and_marks():
     assert part_of(marked).tolist() == [["yes", "no", "no", "yes", ""]]
 
 
-# Covariance.
-
-
-def test_token_covariance_adds_up_to_that_of_numpy():
-    rng = np.random.default_rng(0)
-    x, y, mask = rng.normal(size=(5, 7)), rng.normal(size=(5, 7)), rng.random((5, 7)) < 0.6
-    parts = ledger.token_covariance(
-        *(jnp.asarray(np.where(mask, v, np.nan), jnp.float32) for v in (x, y)), jnp.asarray(mask)
-    )
-    assert not np.any(np.asarray(parts)[~mask])
-    np.testing.assert_allclose(np.asarray(parts).sum() / mask.sum(), np.cov(x[mask], y[mask], ddof=0)[0, 1], rtol=1e-5)
-
-
-def _loop_of_responses(x, y, mask, group):
-    """By prompts and responses, as the paper says it."""
-    means = []
-    for prompt in sorted(set(group)):
-        rows = [i for i in range(len(group)) if group[i] == prompt and mask[i].any()]
-        if rows:
-            log_prob, advantage = ([v[i][mask[i]].mean() for i in rows] for v in (x, y))
-            means.append(np.cov(log_prob, advantage, ddof=0)[0, 1] if len(rows) > 1 else 0.0)
-    return np.mean(means), len(means)
-
-
-def test_response_covariance_is_a_mean_over_prompts():
-    rng = np.random.default_rng(1)
-    x, y, mask = rng.normal(size=(12, 6)), rng.normal(size=(12, 6)), rng.random((12, 6)) < 0.7
-    group = np.array([4, 4, 4, 7, 7, 0, 0, 0, 0, 9, 11, 11])
-    mask[[2, 10, 11]] = False  # a response without tokens, a prompt without any
-    arrays = (jnp.asarray(np.where(mask, v, np.nan), jnp.float32) for v in (x, y))
-    total, count = ledger.response_covariance(*arrays, jnp.asarray(mask), jnp.asarray(group, jnp.int32))
-    wanted, prompts = _loop_of_responses(x, y, mask, group)
-    assert prompts == count == 4
-    np.testing.assert_allclose(total / count, wanted, rtol=1e-5)
-
-
-def test_response_covariance_of_nothing_counts_nothing():
-    nothing = jnp.full((2, 3), jnp.nan), jnp.full((2, 3), jnp.nan), jnp.zeros((2, 3), bool), jnp.zeros(2, jnp.int32)
-    assert [float(x) for x in ledger.response_covariance(*nothing)] == [0.0, 0.0]
+# Ranks.
 
 
 def test_ranks_are_disjoint_whole_numbers_of_tokens():
