@@ -19,7 +19,7 @@ Partition: TypeAlias = Mapping[str, Array]
 """Part -> `[B, T]` bool; disjoint, their union is the loss mask."""
 
 DIFFICULTY = ("0", "0.25", "0.5", "0.75", "1-", "1")
-"""Upper edge of each bin of group accuracy: 0, (0, .25], (.25, .5], (.5, .75], (.75, 1), 1."""
+"""Bins of group accuracy, the hardest first: 0, (0, .25], (.25, .5], (.5, .75], (.75, 1), 1."""
 
 TOP_FRACTIONS = ("0.0002", "0.002", "0.02")
 """Of the tokens with the largest absolute covariance; each part is without those before it."""
