@@ -21,7 +21,8 @@ CORE = [
     "safetensors>=0.8.0",
 ]
 
-TEST = ["pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff==0.17.*"]
+RUN_NOTEBOOKS = ["nbclient>=0.10", "ipykernel>=6.29"]
+TEST = ["pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.170", "ruff==0.17.*", *RUN_NOTEBOOKS]
 
 setup(
     name="jentropy",
@@ -40,7 +41,7 @@ setup(
         "test": TEST,
         "dev": [*TEST, "pre-commit>=4.0", "pyright[nodejs]>=1.1.414", "nbstripout>=0.9"],
         "hf": ["tokenizers>=0.22"],
-        "notebooks": ["jupyterlab>=4.4", "nbclient>=0.10", "ipykernel>=6.29"],
+        "notebooks": ["jupyterlab>=4.4", *RUN_NOTEBOOKS],
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
     },
