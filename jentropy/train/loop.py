@@ -230,7 +230,7 @@ class Run:
         """Fetches and writes the metrics of a step that was dispatched before; returns None, nothing is pending."""
         if pending is None:
             return
-        metrics = divide(jax.device_get(pending.metrics))
+        metrics = divide(pending.metrics)
         if not self._checked and metrics["sampler/logp_diff_relative"] > self.experiment.sampler_tolerance:
             raise RuntimeError(
                 f"sampler and trainer disagree on log-probabilities by {metrics['sampler/logp_diff_max']:.2e} nats, "

@@ -32,7 +32,11 @@ def divide(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     Args:
       metrics: `(sum, count)` scalars by name, fetched from the device at once.
     """
-    fetched = jax.device_get(dict(metrics))
+    for leaf in jax.tree.leaves(dict(metrics)):
+        if isinstance(leaf, jax.Array) and jax.default_backend() != "cpu":
+            leaf.copy_to_host_async()
+    with jax.transfer_guard_device_to_host("allow"):  # for scalars on a CPU `jax.device_get` takes ten times as long
+        fetched = {name: (np.asarray(total), np.asarray(count)) for name, (total, count) in metrics.items()}
     return {name: float(total) / float(count) for name, (total, count) in fetched.items() if float(count) != 0}
 
 
