@@ -34,6 +34,7 @@ from jentropy.compose import chain as chain
 from jentropy.compose import penalty as penalty
 from jentropy.compose import quantity as quantity
 from jentropy.compose import stateless as stateless
+from jentropy.compose import walk as walk
 from jentropy.head import linear_scores as linear_scores
 from jentropy.head import pair_scores as pair_scores
 from jentropy.mechanisms.adaptive_entropy import adaptive_entropy as adaptive_entropy

@@ -6,7 +6,10 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SLOW = ("run_faults_test", "composition_test", "layout_test", "dapo_test", "loop_test", "step_test", "own_data_test")
+SLOW = (
+    *("layout_test", "run_faults_test", "ledger_test", "notebooks_test", "composition_test", "conformance_test"),
+    *("dapo_test", "decoding_test", "kept_test", "what_if_test", "loop_test", "step_test", "own_data_test"),
+)
 """Files whose tests take longest: they go first, so that no worker is left alone with one of them at the end."""
 
 
