@@ -12,7 +12,7 @@ import conformance_test as conformance
 import jax
 import numpy as np
 import pytest
-from conformance_test import METHODS, example, jitted, quick_compilations, run_plan  # noqa: F401
+from conformance_test import METHODS, example, jitted, run_plan
 from covering import MECHANISMS, REFUSED
 
 from jentropy import conflicts, normalisers, presets, surrogates

@@ -181,15 +181,6 @@ ROWS, COLUMNS = 16, 10
 MICRO = (1, 2, 4, 16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilations():
-    """Most of the time goes into compiling small programs: let the compiler not optimise them."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 # Every public factory is in the list.
 
 

@@ -17,8 +17,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
+OPTIMISED = (
+    *("features_test", "golden_test", "golden_entropy_test", "golden_estimators_test", "golden_surrogates_test"),
+    *("head_test", "stats_test", "sampler_test", "transformer_test"),
+)
+"""Files that test the numbers of programs as users run them; the others save time with programs that are not optimised.
+
+A cache of programs does not tell the two apart, so files that share one must be of one kind.
+"""
+
+
 @pytest.fixture(autouse=True, scope="module")
-def own_programs():
+def own_programs(request):
     """Drops the programs that a file has compiled: kept, those of all files exceed the memory maps of a process."""
+    jax.config.update("jax_disable_most_optimizations", request.path.stem not in OPTIMISED)
     yield
     jax.clear_caches()

@@ -7,7 +7,6 @@ from math import ceil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from golden_cases import BOTH, DOUBLE, FLOAT32_SCALAR, TOLERANCE, close, make_test
 from toy import rollouts
 
@@ -15,15 +14,6 @@ from jentropy import stats
 from jentropy.advantages.gdpo import gdpo
 from jentropy.advantages.grpo import grpo
 from jentropy.advantages.qae import group_quantile, qae
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilations():
-    """Most of the time goes into compiling small programs: let the compiler not optimise them."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache

@@ -12,7 +12,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from golden_cases import BOTH, TOLERANCE, close, make_test
 from toy import rollouts, signals, update
 
@@ -26,15 +25,6 @@ EPSILON = 1e-12
 strict_peaks = jax.jit(functools.partial(peaks, strict=True))
 full_entropy = jax.jit(features.entropy)
 paper_entropy = jax.jit(features.nucleus_entropy)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilations():
-    """Most of the time goes into compiling small programs: let the compiler not optimise them."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def of_dtype(array, precision):

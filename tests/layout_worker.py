@@ -1,13 +1,14 @@
 """Sampling and whole training steps on eight CPU devices, laid out in several ways; writes what they came to.
 
 Run by `layout_test.py` in a process of its own, since the number of devices is fixed when jax starts:
-`python layout_worker.py OUT.npz`. Keys of the file are `case:layout:what`.
+`python layout_worker.py OUT.npz [CHAIN ...]`. Keys of the file are `case:layout:what`.
 """
 
 import functools
 import itertools
 import math
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import covering
@@ -243,17 +244,21 @@ def by_shard_map(spec: StepSpec, state: TrainState, rows: Rollouts) -> Any:
     return jax.jit(step)(state, rows)
 
 
-def main(out: str) -> None:
-    """Runs all cases on all layouts and saves their arrays."""
-    assert jax.device_count() == 8, f"{jax.devices()}: eight CPU devices are needed"
-    found: dict[str, np.ndarray] = {}
-
-    def keep(case: str, layout: str, tree: Any) -> None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            found[f"{case}:{layout}:{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
-
+def chains_on_layouts(keep: Callable[[str, str, Any], None], meshes: Mapping[str, Mesh], names: Sequence[str]) -> None:
+    """Two updates of each chain of `covering` that is named: at once on one device, in two micro-batches on eight."""
     params = jax.device_get(jax.jit(POLICY.init)(jax.random.key(0)))
-    meshes = {name: make_mesh(MeshShape(*shape), math.prod(shape)) for name, shape in LAYOUTS.items()}
+    small = jax.device_get(SMALL.init(jax.random.key(1)))
+    rows = covered_rows(small, jax.device_get(sampled(meshes["1x1x1"], params, required=ON_DEMAND)))
+    cuts: dict[str, Any] = {"policy": SMALL, "num_epochs": 2}
+    for (case, objective), layout in zip(covering.chains().items(), itertools.cycle(["2x2x2", "8x1x1", "1x2x4"])):
+        if case in names:
+            keep(case, "1x1x1", stepped(meshes["1x1x1"], objective, small, rows, **cuts))
+            keep(case, "other", stepped(meshes[layout], objective, small, rows, num_microbatches=2, **cuts))
+
+
+def representatives(keep: Callable[[str, str, Any], None], meshes: Mapping[str, Mesh]) -> None:
+    """Samples, and steps of some chains on all layouts."""
+    params = jax.device_get(jax.jit(POLICY.init)(jax.random.key(0)))
     rows = jax.device_get(sampled(meshes["1x1x1"], params))
     for layout, mesh in meshes.items():
         keep("sample", layout, sampled(mesh, params))
@@ -268,17 +273,24 @@ def main(out: str) -> None:
         keep("temperatures", layout, with_temperatures(meshes[layout], params, decoded))
         cuts = {"num_epochs": 2, "num_microbatches": 2, "ledger": Ledger(first_order_every=1)}
         keep("rloo", layout, stepped(meshes[layout], objective, params, rows, **cuts))
-    small = jax.device_get(SMALL.init(jax.random.key(1)))
-    covered = covered_rows(small, jax.device_get(sampled(meshes["1x1x1"], params, required=ON_DEMAND)))
-    for (case, chained), layout in zip(covering.chains().items(), itertools.cycle(["2x2x2", "8x1x1", "1x2x4"])):
-        cuts = {"policy": SMALL, "num_epochs": 2}
-        keep(case, "1x1x1", stepped(meshes["1x1x1"], chained, small, covered, **cuts))
-        keep(case, "other", stepped(meshes[layout], chained, small, covered, num_microbatches=2, **cuts))
     spec = make_spec(POLICY, objective, OPTIMIZER, reference=True, num_epochs=2)
     keep("rloo", "pmap", (by_pmap(spec, new_state(objective, params), rows),))
     keep("rloo", "shard_map", (by_shard_map(spec, new_state(objective, params), rows),))
+
+
+def main(out: str, *names: str) -> None:
+    """Runs the chains that are named, or else the representatives, and saves their arrays."""
+    assert jax.device_count() == 8, f"{jax.devices()}: eight CPU devices are needed"
+    found: dict[str, np.ndarray] = {}
+
+    def keep(case: str, layout: str, tree: Any) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            found[f"{case}:{layout}:{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+
+    meshes = {name: make_mesh(MeshShape(*shape), math.prod(shape)) for name, shape in LAYOUTS.items()}
+    chains_on_layouts(keep, meshes, names) if names else representatives(keep, meshes)
     np.savez(out, **found)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

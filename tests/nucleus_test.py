@@ -27,13 +27,6 @@ def compiler(quick):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilations():
-    """Most of the time goes into compiling small programs: let the compiler not optimise them."""
-    with compiler(quick=True):
-        yield
-
-
 def with_ties(unembed):
     """The last five ids score as the first five do."""
     return jnp.concatenate([unembed[:-5], unembed[:5]])

@@ -95,7 +95,7 @@ def train_until(step: int, config: fdl.Config, out: Path) -> None:
 def own_folders(base: Path) -> Iterator[Path]:
     """Lets datasets, warm starts and compiled programs live below `base`, one folder for all workers of a session.
 
-    To save time the splits hold a few hundred rows, and programs are compiled without most optimizations.
+    To save time the splits hold a few hundred rows.
     """
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +107,5 @@ def own_folders(base: Path) -> Iterator[Path]:
             chain_sum.prepare("prompts")
             chain_sum.prepare("demonstrations")
         cache = jax.config.jax_compilation_cache_dir
-        jax.config.update("jax_disable_most_optimizations", True)
         yield base
-        jax.config.update("jax_disable_most_optimizations", False)
         jax.config.update("jax_compilation_cache_dir", cache)

@@ -23,15 +23,6 @@ from jentropy.train.step import make_spec, make_train_step
 NAME = "nucleus_entropy(0.8)"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilations():
-    """Most of the time goes into compiling small programs: let the compiler not optimise them."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def batch_of(seed=0, fill=0.0, name=NAME, shape=(6, 12)):
     """Ragged rows, one empty, one of a single token, with an entropy on the mask and `fill` elsewhere."""
     rng = np.random.default_rng(seed)

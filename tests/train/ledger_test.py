@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import step_test
 import tiny
-from step_test import COLUMNS, POLICY, ROWS, TEMPERATURE, objective, poison, quick_compilations, rollouts
+from step_test import COLUMNS, POLICY, ROWS, TEMPERATURE, objective, poison, rollouts
 
 from jentropy import features
 from jentropy.base import Policy, initial_plan
@@ -20,8 +20,6 @@ from jentropy.train import ledger, loop, step
 from jentropy.train.ledger import Ledger
 from jentropy.train.metrics import MetricsWriter, divide, read_metrics
 from jentropy.train.optimizer import AdamW
-
-assert quick_compilations, "a fixture of this module, too"
 
 EVERY_STEP = Ledger(first_order_every=1)
 SEVERAL = (("num_minibatches", 2), ("num_epochs", 2))

@@ -17,15 +17,6 @@ POLICY = transformer(
 NUCLEI = tuple(Output(name, p) for name in ("nucleus_entropy", "nucleus_entropy_released") for p in (0.5, 0.8))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilations():
-    """The programs here are tiny: let the compiler not optimise them."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def batch(temperature=None):
     rng = np.random.default_rng(0)
     mask = rng.random((4, 7)) < 0.6

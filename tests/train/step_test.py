@@ -37,15 +37,6 @@ POLICY = transformer(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilations():
-    """The steps here are tiny: let the compiler not optimise them."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 class PoisonState(NamedTuple):
     index: Array
     value: Array
