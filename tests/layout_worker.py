@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jentropy.advantages.grpo import grpo
 from jentropy.advantages.rloo import rloo
-from jentropy.base import ENTROPY, LOG_PROB, Objective, Policy, Rollouts, Signals
+from jentropy.base import ENTROPY, LOG_PROB, Objective, Rollouts, Signals
 from jentropy.compose import chain
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
@@ -51,25 +51,6 @@ POLICY = transformer(
         vocab_size=16, width=32, num_layers=1, num_heads=8, num_kv_heads=4, head_size=4, mlp_width=32,
     )
 )  # fmt: skip
-
-
-def _prefix_means(params: Any, tokens: jax.Array) -> jax.Array:
-    """Hidden states `[B, T, D]`: the token's embedding and the mean of those up to it."""
-    x = params["embedding"][tokens]
-    count = jnp.arange(1, tokens.shape[1] + 1, dtype=x.dtype)[None, :, None]
-    return x + jnp.cumsum(x, axis=1) / count
-
-
-SMALL = Policy(
-    init=lambda key: dict(zip(("embedding", "head"), jax.random.normal(key, (2, 16, 32)))),
-    hidden=_prefix_means,
-    unembed=lambda params: params["head"],
-    prefill=POLICY.prefill,
-    decode=POLICY.decode,
-    logical_axes=lambda: {"embedding": ("vocab", "embed"), "head": ("vocab", "embed")},
-    vocab_size=16,
-)
-"""A policy that compiles quickly, to be trained on given rows; it does not sample."""
 
 
 def method(
@@ -150,13 +131,11 @@ def new_state(objective: Objective, params: Any) -> TrainState:
     return state.replace(frozen={"reference": jax.tree.map(lambda x: x * 0.9, params)})
 
 
-def stepped(
-    mesh: Mesh, objective: Objective, params: Any, rows: Rollouts, policy: Policy = POLICY, **cuts: int
-) -> tuple[Any, Any]:
+def stepped(mesh: Mesh, objective: Objective, params: Any, rows: Rollouts, **cuts: int) -> tuple[Any, Any]:
     """Parameters and metrics after a whole step on a mesh."""
     state = new_state(objective, params)
-    state = jax.device_put(state, state_shardings(policy, mesh, OPTIMIZER, state))
-    step = make_train_step(make_spec(policy, objective, OPTIMIZER, reference=True, **cuts), PROMPTS, mesh)
+    state = jax.device_put(state, state_shardings(POLICY, mesh, OPTIMIZER, state))
+    step = make_train_step(make_spec(POLICY, objective, OPTIMIZER, reference=True, **cuts), PROMPTS, mesh)
     state, metrics = step(state, jax.device_put(rows, row_sharding(mesh)))
     return state.params, metrics
 
@@ -181,7 +160,7 @@ def covered_rows(params: Any, rows: Rollouts) -> Rollouts:
     rng = np.random.default_rng(4)
     rewards = np.stack([np.round(rows.rewards[:, 0]), rng.random(rows.rewards.shape[0], np.float32)], axis=1)
     noise = rng.normal(scale=0.2, size=rows.logp_sampler.shape).astype(np.float32)
-    scores = jax.jit(make_scorer(SMALL, (LOG_PROB, ENTROPY), 0.9))(params, {}, rows)
+    scores = jax.jit(make_scorer(POLICY, (LOG_PROB, ENTROPY), 0.9))(params, {}, rows)
     entropy = np.sort(np.where(rows.loss_mask, scores["entropy"], np.arange(100, 100 + noise.shape[1])), axis=1)
     mask = rows.loss_mask & (np.diff(entropy, axis=1).min(axis=1, keepdims=True) > 1e-5)
     assert mask.any(axis=1).mean() > 0.9
@@ -247,13 +226,11 @@ def by_shard_map(spec: StepSpec, state: TrainState, rows: Rollouts) -> Any:
 def chains_on_layouts(keep: Callable[[str, str, Any], None], meshes: Mapping[str, Mesh], names: Sequence[str]) -> None:
     """Two updates of each chain of `covering` that is named: at once on one device, in two micro-batches on eight."""
     params = jax.device_get(jax.jit(POLICY.init)(jax.random.key(0)))
-    small = jax.device_get(SMALL.init(jax.random.key(1)))
-    rows = covered_rows(small, jax.device_get(sampled(meshes["1x1x1"], params, required=ON_DEMAND)))
-    cuts: dict[str, Any] = {"policy": SMALL, "num_epochs": 2}
+    rows = covered_rows(params, jax.device_get(sampled(meshes["1x1x1"], params, required=ON_DEMAND)))
     for (case, objective), layout in zip(covering.chains().items(), itertools.cycle(["2x2x2", "8x1x1", "1x2x4"])):
         if case in names:
-            keep(case, "1x1x1", stepped(meshes["1x1x1"], objective, small, rows, **cuts))
-            keep(case, "other", stepped(meshes[layout], objective, small, rows, num_microbatches=2, **cuts))
+            keep(case, "1x1x1", stepped(meshes["1x1x1"], objective, params, rows, num_epochs=2))
+            keep(case, "other", stepped(meshes[layout], objective, params, rows, num_epochs=2, num_microbatches=2))
 
 
 def representatives(keep: Callable[[str, str, Any], None], meshes: Mapping[str, Mesh]) -> None:
