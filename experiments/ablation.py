@@ -46,8 +46,9 @@ from jentropy.train.signals import PreemptedError
 CONFIGS = Path(__file__).resolve().parent / "configs"
 BASELINE, BASELINE_TITLE = "grpo", "GRPO"
 ENTROPY_MECHANISMS = (
-    *("clip_higher", "top_entropy", "clip_cov", "kl_cov", "entropy_bonus", "adaptive_entropy", "siren"),
-    *("entropy_advantage", "semantic_entropy", "entropy_temperature", "e3_temperature", "qae", "steer", "ce_gppo"),
+    *("clip_higher", "top_entropy", "clip_cov", "kl_cov", "entropy_bonus", "adaptive_entropy", "entropy_band"),
+    *("siren", "entropy_advantage", "semantic_entropy", "entropy_temperature", "e3_temperature", "qae", "steer"),
+    "ce_gppo",
 )
 """Methods of tier 1, as far as they have a config."""
 INSTRUMENTS = ("ledger",)
