@@ -374,10 +374,10 @@ def statements(runs: Sequence[Run]) -> list[str]:
         found = coverage_of(runs, fraction)
         if found is not None:
             low, high = found.interval
-            word = "as many as" if low <= found.level <= high else "fewer than" if high < found.level else "more than"
+            verdict = "too few" if high < found.level else "too many" if low > found.level else "not distinguishable"
             said.append(
-                f"**Intervals of the forecast from the first {fraction:.0%}**: {found.covered:.0%} of "
-                f"{found.num_points} later evaluations lie in theirs of {found.level:.0%}, {word} they should."
+                f"**Intervals of the forecast from the first {fraction:.0%}**: {found.covered:.0%} [{low:.0%}, "
+                f"{high:.0%}] of {found.num_points} later evaluations lie in theirs of {found.level:.0%}: {verdict}."
             )
     for name, called in LEDGER.items():
         found = [run.ledger[name].correlation for run in runs if name in run.ledger]

@@ -92,12 +92,3 @@ def test_a_small_run_from_end_to_end(own_folders, tmp_path, monkeypatch, capsys)
     assert call(f"--out {tmp_path} --warm-starts 0 --jobs 1 --smoke", monkeypatch) == 0
     assert "| law_ledger-w0-s0" in capsys.readouterr().out
     assert (tmp_path / "law_ledger-w0-s0" / "ledger.jsonl").exists()
-
-
-def test_rows_of_the_benchmark():
-    benchmark = importlib.util.spec_from_file_location("ledger_benchmark", EXPERIMENTS / "benchmarks" / "ledger.py")
-    module = importlib.util.module_from_spec(benchmark)
-    benchmark.loader.exec_module(module)
-    rows = module.rows_of(dict(zip(module.LEDGERS, (2.0, 2.5, 4.5))))
-    assert [row["added"] for row in rows] == pytest.approx([0.0, 0.25, 1.25, 0.35])
-    assert [settings and settings.first_order_every for settings in module.LEDGERS.values()] == [None, 10**6, 1]

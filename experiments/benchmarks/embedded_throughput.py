@@ -4,25 +4,18 @@
     python experiments/benchmarks/embedded_throughput.py --write experiments/results/embedded_throughput.md
 
 One rollout is 32 prompts x 8 responses of the LAW setting, after its warm start; its updates are 2 x 2 minibatches of
-plain GRPO. Time is that of all threads of the process (`time.process_time`), so that other processes matter little;
-still, use an idle machine. The floor is the time that the matrix products of the policy alone would take for the tokens
-there are, without padding, at the rate of a float32 product of 1024 x 1024 matrices in the same process.
+plain GRPO. The floor is the time that the matrix products of the policy alone would take for the tokens there are,
+without padding, at the rate of a float32 product of 1024 x 1024 matrices in the same process. Use an idle machine.
 """
 
-import argparse
-import os
-import platform
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import machine, medians, run
 
 from jentropy import config as config_lib
 from jentropy import embedded
@@ -30,9 +23,7 @@ from jentropy.base import Rollouts
 from jentropy.policy.transformer import TransformerConfig, transformer
 from jentropy.report.tables import table
 from jentropy.rollout.iid import RolloutSpec
-from jentropy.train.allocator import keep_freed_memory
 from jentropy.train.evaluate import put_prompts
-from jentropy.train.loop import enable_compilation_cache
 from jentropy.train.programs import make_rollout
 from jentropy.train.sharding import make_mesh, replicated
 from jentropy.train.state import new_stage
@@ -70,25 +61,6 @@ def update_flops(config: TransformerConfig, lengths: Lengths, num_epochs: int) -
     stop = lengths.prompt[:, None] + lengths.response - 1
     head = 2 * config.vocab_size * config.width * float(lengths.response.sum())
     return 3 * num_epochs * (body_flops(config, 0 * stop, stop) + head)
-
-
-def cpu_seconds(call: Callable[[], Any], repeats: int, blocks: int = 5) -> float:
-    """CPU-seconds of one call that blocks: the median over blocks of `repeats` calls, after one call to warm up."""
-    call()
-    found = []
-    for _ in range(blocks):
-        start = time.process_time()
-        for _ in range(repeats):
-            call()
-        found.append((time.process_time() - start) / repeats)
-    return statistics.median(found)
-
-
-def matmul_rate(repeats: int) -> float:
-    """Operations per CPU-second of a plain float32 matrix product."""
-    x = jax.random.normal(jax.random.key(0), (_SIZE, _SIZE))
-    product = jax.jit(lambda a, b: a @ b)
-    return 2.0 * _SIZE**3 / cpu_seconds(lambda: product(x, x).block_until_ready(), repeats)
 
 
 class Setting:
@@ -137,15 +109,16 @@ class Setting:
         return Lengths(self._prompts.length, response)
 
 
-def measure(repeats: int) -> str:
+def measure(repeats: int, blocks: int) -> str:
     """The table and what stands around it, as Markdown."""
-    keep_freed_memory()
-    setting = Setting()
-    lengths, rate = setting.lengths(), matmul_rate(repeats)
-    epochs, tokens = setting.stage.num_epochs, int(lengths.response.sum())
+    setting, x = Setting(), jax.random.normal(jax.random.key(0), (_SIZE, _SIZE))
+    product = jax.jit(lambda a, b: a @ b)
+    calls = {"rollout": setting.rollout, "update": setting.update, "product": lambda: product(x, x)}
+    found, lengths = medians(calls, repeats, blocks), setting.lengths()
+    rate, epochs, tokens = 2.0 * _SIZE**3 / found["product"], setting.stage.num_epochs, int(lengths.response.sum())
     parts = {
-        "rollout": (cpu_seconds(setting.rollout, repeats), rollout_flops(setting.config, lengths)),
-        "update": (cpu_seconds(setting.update, repeats), update_flops(setting.config, lengths, epochs)),
+        "rollout": (found["rollout"], rollout_flops(setting.config, lengths)),
+        "update": (found["update"], update_flops(setting.config, lengths, epochs)),
     }
     parts["both"] = (sum(p[0] for p in parts.values()), sum(p[1] for p in parts.values()))
     rows = [
@@ -163,9 +136,10 @@ def measure(repeats: int) -> str:
 
 Command: `{shlex.join(["python", *sys.argv])}`
 
-{platform.machine()}, {os.cpu_count()} CPUs, JAX {jax.__version__}, float32. One rollout: {lengths.response.size}
-responses to {lengths.prompt.size} prompts, {tokens} response tokens, {tokens / lengths.response.size:.2f} per response;
-its updates pass over them {epochs} times. CPU-seconds of all threads for one rollout, median of 5 blocks of {repeats}.
+{machine()}
+One rollout: {lengths.response.size} responses to {lengths.prompt.size} prompts, {tokens} response tokens,
+{tokens / lengths.response.size:.2f} per response; its updates pass over them {epochs} times. CPU-seconds of all threads
+for one rollout, median of {blocks} blocks of {repeats} in which they take turns.
 A plain float32 product of {_SIZE} x {_SIZE} matrices: {rate / 1e9:.0f} GFLOP per CPU-second. The floor is that of the
 policy's matrix products for the tokens there are, padding not counted.
 
@@ -173,20 +147,5 @@ policy's matrix products for the tokens there are, padding not counted.
 """
 
 
-def main() -> None:
-    """Parses the command line, measures, prints and, if asked, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20, help="calls per block")
-    parser.add_argument("--write", type=Path, default=None, help="Markdown file for the table")
-    args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    enable_compilation_cache()
-    text = measure(args.repeats)
-    print(text)
-    if args.write:
-        args.write.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, repeats=20, blocks=5)

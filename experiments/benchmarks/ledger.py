@@ -8,29 +8,23 @@ them, makes 2 x 2 updates of plain GRPO and fetches the metrics. All variants st
 same steps. Time is that of all threads of the process (`time.process_time`); variants take turns. Use an idle machine.
 """
 
-import argparse
 import dataclasses
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from embedded_throughput import Setting
-from mechanisms import Call, medians
+from timing import Call, machine, medians, run
 
 from jentropy import config as config_lib
 from jentropy import embedded
 from jentropy.policy.transformer import transformer
 from jentropy.report.tables import table
-from jentropy.train.allocator import keep_freed_memory
 from jentropy.train.ledger import Ledger
-from jentropy.train.loop import enable_compilation_cache
 from jentropy.train.metrics import divide
 from jentropy.train.programs import SAMPLING
 from jentropy.train.sharding import make_mesh, replicated
@@ -76,7 +70,6 @@ def rows_of(found: Mapping[str, float]) -> list[dict[str, Any]]:
 
 def measure(repeats: int, blocks: int) -> str:
     """The table and what stands around it, as Markdown."""
-    keep_freed_memory()
     params = Setting().params
     found = medians({name: step_call(params, ledger) for name, ledger in LEDGERS.items()}, repeats, blocks)
     columns = {"name": "variant", "seconds": "CPU-seconds per step", "added": "added, as a fraction"}
@@ -84,7 +77,7 @@ def measure(repeats: int, blocks: int) -> str:
 
 Command: `{shlex.join(["python", *sys.argv])}`
 
-{platform.machine()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}, JAX {jax.__version__}, float32.
+{machine()}
 CPU-seconds of all threads for one step of the embedded task, medians of {blocks} blocks of {repeats} steps in which the
 variants take turns; the last row is computed from the two before it.
 
@@ -92,22 +85,5 @@ variants take turns; the last row is computed from the two before it.
 """
 
 
-def main() -> None:
-    """Parses the command line, measures, prints and, if asked, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=1, help="steps per block")
-    parser.add_argument("--blocks", type=int, default=60, help="blocks")
-    parser.add_argument("--write", type=Path, default=None, help="Markdown file for the table")
-    args = parser.parse_args()
-    for name in ("repeats", "blocks"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    enable_compilation_cache()
-    text = measure(args.repeats, args.blocks)
-    print(text)
-    if args.write:
-        args.write.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, repeats=1, blocks=60)

@@ -9,21 +9,16 @@ against `clip_range` alone, where the forward pass scores the same outputs in bo
 that of all threads of the process (`time.process_time`); variants take turns. Use an idle machine.
 """
 
-import argparse
-import os
-import platform
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from embedded_throughput import Setting
+from timing import Call, machine, medians, run
 
 from jentropy.base import Mechanism, Objective, Rollouts, Signals, initial_plan
 from jentropy.compose import chain
@@ -42,14 +37,10 @@ from jentropy.mechanisms.steer import steer
 from jentropy.mechanisms.top_entropy import top_entropy
 from jentropy.policy.transformer import transformer
 from jentropy.report.tables import table
-from jentropy.train.allocator import keep_freed_memory
-from jentropy.train.loop import enable_compilation_cache
 from jentropy.train.optimizer import AdamW
 from jentropy.train.sharding import MeshShape, make_mesh, replicated
 from jentropy.train.state import new_stage
 from jentropy.train.step import StepSpec, make_spec, make_train_step
-
-Call: TypeAlias = Callable[[], Any]
 
 MECHANISMS: Mapping[str, Callable[[], Mechanism]] = {
     "clip_range": clip_range,
@@ -69,20 +60,6 @@ MECHANISMS: Mapping[str, Callable[[], Mechanism]] = {
 """In an order in which each has what it reads; no experiment would combine them all."""
 
 SHAPE = (1024, 4096)
-
-
-def medians(calls: Mapping[str, Call], repeats: int, blocks: int) -> dict[str, float]:
-    """CPU-seconds of one call of each: the median over blocks in which they take turns, after one call to warm up."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(blocks):
-        for name, call in calls.items():
-            start = time.process_time()
-            for _ in range(repeats):
-                jax.block_until_ready(call())
-            found[name].append((time.process_time() - start) / repeats)
-    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def tokens(shape: tuple[int, int]) -> tuple[Signals, jax.Array]:
@@ -179,7 +156,6 @@ def rows_of(found: Mapping[str, float], group: int) -> list[dict[str, Any]]:
 
 def measure(repeats: int, blocks: int) -> str:
     """The tables and what stands around them, as Markdown."""
-    keep_freed_memory()
     selection = medians(selection_calls(SHAPE), 1, blocks)
     step = medians(step_calls(Steps()), repeats, blocks)
     columns = {"name": "variant", "seconds": "CPU-seconds", "ratio": "ratio"}
@@ -187,8 +163,8 @@ def measure(repeats: int, blocks: int) -> str:
 
 Command: `{shlex.join(["python", *sys.argv])}`
 
-{platform.machine()}, {os.cpu_count()} CPUs, JAX {jax.__version__}, float32. CPU-seconds of all threads, medians of
-{blocks} blocks in which the variants take turns.
+{machine()}
+CPU-seconds of all threads, medians of {blocks} blocks in which the variants take turns.
 
 `top_entropy`, everything it does to a plan, on {SHAPE[0] * SHAPE[1]} tokens of which nine in ten count; ratio to the
 sort of the same array:
@@ -203,22 +179,5 @@ forward pass:
 """
 
 
-def main() -> None:
-    """Parses the command line, measures, prints and, if asked, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=10, help="training steps per block")
-    parser.add_argument("--blocks", type=int, default=9, help="blocks")
-    parser.add_argument("--write", type=Path, default=None, help="Markdown file for the tables")
-    args = parser.parse_args()
-    for name in ("repeats", "blocks"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    enable_compilation_cache()
-    text = measure(args.repeats, args.blocks)
-    print(text)
-    if args.write:
-        args.write.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, repeats=10, blocks=9)

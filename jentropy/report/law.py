@@ -10,7 +10,7 @@ from jentropy.report.curves import MAX_LEGEND, Group, spread
 from jentropy.report.html import number
 from jentropy.report.plots import law_points
 from jentropy.report.svg import FloatArray, Series
-from jentropy.theory.law import Forecast, Law, LawError, ceiling_interval, fit_run, forecast
+from jentropy.theory.law import Forecast, Law, LawError, bootstrap_intervals, fit_run, forecast
 
 FRACTION = 0.3
 """Of a stage's evaluations, the first, from which the rest is forecast."""
@@ -140,7 +140,7 @@ def _reading() -> list[str]:
 def _ceiling(fit: Fit, law: Law) -> str:
     """The ceiling of one run with its interval, where there is one."""
     try:
-        low, high = ceiling_interval(fit.entropy, fit.reward, 0)
+        low, high = bootstrap_intervals(fit.entropy, fit.reward, 0).ceiling
     except LawError:
         return number(law.ceiling)
     return f"{number(law.ceiling)} [{number(low)}, {number(high)}]"

@@ -238,20 +238,6 @@ def bootstrap_intervals(
     return Intervals(*(percentile_interval(draws, level) for draws in (a, b, b - a)))
 
 
-def ceiling_interval(
-    entropy: ArrayLike,
-    reward: ArrayLike,
-    seed: int,
-    *,
-    weights: ArrayLike | None = None,
-    level: float = 0.9,
-    num_resamples: int = 2000,
-) -> Interval:
-    """The interval of the ceiling b - a; see `bootstrap_intervals`."""
-    options = {"weights": weights, "level": level, "num_resamples": num_resamples}
-    return bootstrap_intervals(entropy, reward, seed, **options).ceiling
-
-
 def forecast(
     entropy: ArrayLike,
     reward: ArrayLike,

@@ -127,6 +127,7 @@ def flatten(rollouts: Rollouts) -> dict[str, np.ndarray]:
 
 
 def unflatten(arrays: Mapping[str, np.ndarray]) -> Rollouts:
+    """The rollouts whose arrays `flatten` named."""
     fields: dict[str, Any] = {name: {} for name in _NESTED}
     for name, value in arrays.items():
         field, _, inner = name.partition("/")

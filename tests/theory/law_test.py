@@ -9,7 +9,6 @@ from jentropy.theory import law as law_module
 from jentropy.theory.law import (
     LawError,
     bootstrap_intervals,
-    ceiling_interval,
     coverage,
     fit_law,
     fit_run,
@@ -98,7 +97,6 @@ def test_bootstrap_intervals_surround_the_estimates():
     for name, (low, high) in intervals._asdict().items():
         middle, stderr = getattr(fit, name), getattr(fit, "ceiling_stderr" if name == "ceiling" else f"{name}_stderr")
         assert low < middle < high and 1.0 < (high - low) / (2 * stderr) < 2.5  # 1.73 for normal noise
-    assert intervals.ceiling == ceiling_interval(entropy, reward, 0)
 
 
 def test_bootstrap_needs_points_that_do_not_hang_on_one():
@@ -110,17 +108,18 @@ def test_bootstrap_needs_points_that_do_not_hang_on_one():
 
 def test_interval_is_seeded_and_respects_level_and_weights():
     points = draw(3)
-    assert ceiling_interval(*points, 5) == ceiling_interval(*points, 5) != ceiling_interval(*points, 6)
-    wide, narrow = ceiling_interval(*points, 5, level=0.99), ceiling_interval(*points, 5, level=0.5)
+    assert bootstrap_intervals(*points, 5) == bootstrap_intervals(*points, 5) != bootstrap_intervals(*points, 6)
+    wide, narrow = (bootstrap_intervals(*points, 5, level=level).ceiling for level in (0.99, 0.5))
     assert wide.low < narrow.low < narrow.high < wide.high
     weights = np.r_[np.zeros(5), np.ones(15)]
-    assert ceiling_interval(*points, 5, weights=weights) == ceiling_interval(points[0][5:], points[1][5:], 5)
+    heavy = (points[0][5:], points[1][5:])
+    assert bootstrap_intervals(*points, 5, weights=weights) == bootstrap_intervals(*heavy, 5)
 
 
 def test_three_points_are_enough_for_fit_and_interval():
     entropy, reward = [0.5, 0.3, 0.1], [0.5, 0.7, 0.85]
     assert fit_law(entropy, reward).num_points == 3
-    assert np.isfinite(ceiling_interval(entropy, reward, 0)).all()
+    assert np.isfinite(bootstrap_intervals(entropy, reward, 0)).all()
 
 
 def test_constant_reward_has_no_r_squared():
@@ -148,7 +147,7 @@ def test_points_that_determine_nothing_are_refused(entropy, reward, weights, mes
     with pytest.raises(LawError, match=message):
         fit_law(entropy, reward, weights)
     with pytest.raises(LawError, match=message):
-        ceiling_interval(entropy, reward, 0, weights=weights)
+        bootstrap_intervals(entropy, reward, 0, weights=weights)
 
 
 FALLING = [0.8, 0.5, 0.3, 0.2]

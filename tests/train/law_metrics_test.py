@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from jentropy import config as config_lib
-from jentropy.theory.law import ceiling_interval, fit_law
+from jentropy.theory.law import bootstrap_intervals, fit_law
 from jentropy.train import loop
 from jentropy.train.law_metrics import MIN_EVALUATIONS, LawMetrics, law_metrics
 from jentropy.train.metrics import read_metrics
@@ -28,7 +28,7 @@ def test_the_numbers_are_those_of_the_fit():
     found = law_metrics(lines_of(ENTROPY, REWARD))
     assert set(found) == KEYS
     ceiling = fit_law(ENTROPY, REWARD).ceiling
-    low, high = ceiling_interval(ENTROPY, REWARD, 0, num_resamples=400)
+    low, high = bootstrap_intervals(ENTROPY, REWARD, 0, num_resamples=400).ceiling
     assert low < ceiling < high
     expected = {"": (ceiling, 0.93 / ceiling), "/low": (low, 0.93 / high), "/high": (high, 0.93 / low)}
     for end, (value, fraction) in expected.items():
