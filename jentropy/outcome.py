@@ -77,6 +77,13 @@ def spread(advantage: Array, rollouts: Rollouts) -> Array:
     return jnp.where(used, advantage[:, None], 0.0)
 
 
+def last_token(used: Array) -> Array:
+    """The last True of every row, `[B, T]` bool: none for a row without one; `used`: `[B, T]` bool."""
+    chex.assert_rank(used, 2)
+    column = jnp.broadcast_to(jnp.arange(used.shape[1])[None, :], used.shape)
+    return used & (column == jnp.max(jnp.where(used, column, -1), axis=1, keepdims=True))
+
+
 def reward_resolution(rollouts: Rollouts, advantage: Array) -> tuple[Array, Array]:
     """Distinct advantages over distinct reward vectors, as `(sum, count)`; below 1 rewards have collapsed.
 

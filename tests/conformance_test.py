@@ -20,6 +20,7 @@ import pytest
 
 import jentropy
 from jentropy import normalisers, surrogates
+from jentropy.advantages.gae import gae
 from jentropy.advantages.gdpo import gdpo
 from jentropy.advantages.grpo import grpo
 from jentropy.advantages.opo import opo
@@ -78,6 +79,9 @@ INF = float("inf")
 
 METHODS: dict[str, Case] = {
     # Advantage estimators.
+    "gae": Case(gae, {"gamma": 0.9, "lam": 0.8, "reward_weights": (1.0, 0.3)}),
+    "gae/raw": Case(gae, {"whiten": False, "bootstrap": True, "lam": 0.8}),
+    "gae/kl": Case(gae, {"kl_coef": 0.1, "kl_target": 0.1, "lam": 0.8}, other={"kl_coef": 1.0, "kl_target": 1.0}),
     "gdpo": Case(gdpo, {"epsilon": 1e-3, "reward_weights": (1.0, 0.3)}),
     "gdpo/token": Case(gdpo, {"final_norm": "token", "reward_weights": (1.0, 0.3)}),
     "gdpo/none": Case(gdpo, {"final_norm": "none", "reward_weights": (1.0, 0.3)}),
@@ -261,12 +265,14 @@ def example() -> Example:
         token_data={
             "ref_log_prob": token(log_prob + rng.normal(size=shape)),
             "advantage": token(rng.integers(-6, 7, shape) / 4),
+            "value": token(np.cos(np.arange(mask.size)).reshape(shape)),
         },
         row_data={
             "is_valid": jnp.asarray(np.arange(ROWS) != 14),
             "truncated": jnp.asarray(rng.random(ROWS) < 0.3),
             "answer_id": jnp.asarray(np.arange(ROWS) * 5 % 3 - 1, jnp.int32),
             "greedy_reward": jnp.asarray(group / 4 - 0.5, jnp.float32),
+            "bootstrap_value": jnp.asarray(np.sin(np.arange(ROWS)), jnp.float32),
         },
     )
     positive = {name: token(rng.exponential(size=shape)) for name in SCORES[1:]}

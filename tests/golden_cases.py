@@ -73,6 +73,25 @@ def close(ours, theirs, tolerance):
     np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=tolerance, atol=tolerance)
 
 
+def whitened_as_in_verl(whitened, values, mask):
+    """Our whitened values with verl's `N + 1e-8` in the mean and the variance: an affine map, from what was whitened.
+
+    Where all values are equal ours are 0, and verl's are rounding noise over `sqrt(1e-8)`.
+    """
+    x, count = values[mask], mask.sum()
+    assert count > 1
+    mean = x.sum() / (count + 1e-8)
+    variance = np.square(x - mean).sum() / (count + 1e-8) * count / (count - 1)
+    ratio = np.sqrt((x.var(ddof=1) + 1e-8) / (variance + 1e-8))
+    shift = (x.mean() - mean) / np.sqrt(variance + 1e-8)
+    return np.where(mask, whitened * ratio + shift, 0.0)
+
+
+def relative(ours, theirs, tolerance):
+    scale = max(np.abs(theirs).max(), 1.0)
+    close(ours / scale, theirs / scale, tolerance)
+
+
 class Case:
     """The inputs of a policy loss in one precision."""
 

@@ -6,7 +6,16 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden_cases import DOUBLE, TOLERANCE, check_group_rows, close, estimate, make_test
+from golden_cases import (
+    DOUBLE,
+    TOLERANCE,
+    check_group_rows,
+    close,
+    estimate,
+    make_test,
+    relative,
+    whitened_as_in_verl,
+)
 from toy import loss_and_gradient, rollouts, signals, update
 
 from jentropy import normalisers, stats, surrogates
@@ -16,25 +25,6 @@ from jentropy.advantages.reinforce_pp import reinforce_pp_baseline, whitened_ret
 from jentropy.advantages.remax import remax
 from jentropy.advantages.rloo import rloo
 from jentropy.mechanisms.clip_range import clip_range
-
-
-def whitened_as_in_verl(whitened, values, mask):
-    """Our whitened values with verl's `N + 1e-8` in the mean and the variance: an affine map, from what was whitened.
-
-    Where all values are equal ours are 0, and verl's are rounding noise over `sqrt(1e-8)`.
-    """
-    x, count = values[mask], mask.sum()
-    assert count > 1
-    mean = x.sum() / (count + 1e-8)
-    variance = np.square(x - mean).sum() / (count + 1e-8) * count / (count - 1)
-    ratio = np.sqrt((x.var(ddof=1) + 1e-8) / (variance + 1e-8))
-    shift = (x.mean() - mean) / np.sqrt(variance + 1e-8)
-    return np.where(mask, whitened * ratio + shift, 0.0)
-
-
-def relative(ours, theirs, tolerance):
-    scale = max(np.abs(theirs).max(), 1.0)
-    close(ours / scale, theirs / scale, tolerance)
 
 
 @functools.cache

@@ -41,13 +41,6 @@ def whitened_returns(
     return _WHITEN[whiten_unit](returns, mask), returns
 
 
-def _on_last_token(reward: Array, used: Array) -> Array:
-    """One reward per row `[B]` on its last used token, `[B, T]`."""
-    column = jnp.broadcast_to(jnp.arange(used.shape[1])[None, :], used.shape)
-    last = jnp.max(jnp.where(used, column, -1), axis=1, keepdims=True)
-    return jnp.where(column == last, reward[:, None], 0.0)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Estimate:
     whiten_unit: str
@@ -58,7 +51,7 @@ class _Estimate:
     ) -> tuple[Array, Mapping[str, Array], Metrics, ReinforcePpState]:
         used = rollouts.loss_mask & outcome.valid_rows(rollouts)[:, None]
         reward = outcome.total_reward(rollouts, state.reward_weights)
-        token_reward, extra = _on_last_token(reward, used), {}
+        token_reward, extra = jnp.where(outcome.last_token(used), reward[:, None], 0.0), {}
         if self.use_reference:
             divergence = outcome.log_ratio_to_reference(rollouts).astype(reward.dtype)
             token_reward -= state.kl_coef.astype(reward.dtype) * divergence
