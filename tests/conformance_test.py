@@ -20,16 +20,20 @@ import pytest
 
 import jentropy
 from jentropy import normalisers, surrogates
+from jentropy.advantages.fr3e import fr3e
 from jentropy.advantages.gae import gae
 from jentropy.advantages.gdpo import gdpo
 from jentropy.advantages.grpo import grpo
 from jentropy.advantages.opo import opo
+from jentropy.advantages.prime import prime
 from jentropy.advantages.qae import qae
 from jentropy.advantages.raft import raft, reinforce_rej
 from jentropy.advantages.reinforce import reinforce
 from jentropy.advantages.reinforce_pp import reinforce_pp, reinforce_pp_baseline
 from jentropy.advantages.remax import remax
 from jentropy.advantages.rloo import rloo
+from jentropy.advantages.s_grpo import s_grpo
+from jentropy.advantages.vine import vine
 from jentropy.base import Estimator, Mechanism, Rollouts, Signals
 from jentropy.compose import chain
 from jentropy.mechanisms.adaptive_entropy import adaptive_entropy
@@ -79,6 +83,10 @@ INF = float("inf")
 
 METHODS: dict[str, Case] = {
     # Advantage estimators.
+    "fr3e": Case(fr3e, {"reward_weights": (1.0, 0.3)}),
+    "fr3e/released": Case(fr3e, {"value": "positive_fraction", "v0": "complement", "sharpen": 1.5},
+                          other={"value": "positive_fraction", "v0": "complement", "sharpen": 2.0, "epsilon": 1e-3}),
+    "fr3e/group": Case(fr3e, {"v0": "own", "scale_rewards": "group", "epsilon": 1e-4}),
     "gae": Case(gae, {"gamma": 0.9, "lam": 0.8, "reward_weights": (1.0, 0.3)}),
     "gae/raw": Case(gae, {"whiten": False, "bootstrap": True, "lam": 0.8}),
     "gae/kl": Case(gae, {"kl_coef": 0.1, "kl_target": 0.1, "lam": 0.8}, other={"kl_coef": 1.0, "kl_target": 1.0}),
@@ -89,6 +97,9 @@ METHODS: dict[str, Case] = {
     "grpo/batch": Case(grpo, {"scale_rewards": "batch", "epsilon": 1e-4}),
     "grpo/none": Case(grpo, {"scale_rewards": "none", "reward_weights": (1.0, 0.3)}),
     "grpo/raw": Case(grpo, {"singleton": "raw", "epsilon": 1e-4}),
+    "prime": Case(prime, {"process_weight": 0.5, "outcome_gamma": 0.9, "reward_weights": (1.0, 0.3)}),
+    "prime/code": Case(prime, {"baseline": "code", "normalise": "none", "beta": 0.3, "process_gamma": 0.9}),
+    "prime/whole": Case(prime, {"granularity": "whole", "whiten": False, "reward_weights": (1.0, 0.3)}),
     "qae": Case(qae, {"quantile_k": 0.3, "reward_weights": (1.0, 0.3)}),
     "qae/linear": Case(qae, {"baseline": "linear", "scale_rewards": "group", "epsilon": 1e-4}),
     "qae/lower": Case(qae, {"baseline": "lower", "quantile_k": 0.7}),
@@ -112,6 +123,9 @@ METHODS: dict[str, Case] = {
     ),
     "reinforce_pp_baseline/raw": Case(reinforce_pp_baseline, {"singleton": "raw", "reward_weights": (1.0, 0.3)}),
     "remax": Case(remax, {}),
+    "s_grpo": Case(s_grpo, {"decay": 0.7, "reward_weights": (1.0, 0.0)}),
+    "vine": Case(vine, {"reward_weights": (1.0, 0.3)}),
+    "vine/raw": Case(vine, {"whiten": False, "reward_weights": (1.0, 0.3)}),
     # Mechanisms.
     "adaptive_entropy": Case(adaptive_entropy, {"entropy_coef_init": 0.1, "entropy_coef_max": 0.2},
                              {"entropy_coef_init": 0.0, "entropy_coef_max": 0.0}),
@@ -235,11 +249,23 @@ def _mask(rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
+def _steps() -> dict[str, jax.Array]:
+    """Steps of three columns, the last of each without an id, and values of which a third are not known."""
+    column, state = np.arange(COLUMNS), np.arange(ROWS * 5).reshape(ROWS, 5)
+    step = np.where(column % 3 == 2, -1, column // 3)
+    return {
+        "step_id": jnp.asarray(np.broadcast_to(step, (ROWS, COLUMNS)), jnp.int32),
+        "prefix_value": jnp.asarray(state * 7 % 9 / 4, jnp.float32),
+        "prefix_known": jnp.asarray(state % 3 != 0),
+    }
+
+
 @functools.cache
 def example() -> Example:
     """Ragged rows, an empty one, an invalid one with NaN as reward, ties, groups of 1 to 5 rows, one of equal rewards.
 
-    Log-probabilities and advantages are multiples of 1/4, so covariances tie. Outside the mask there are zeros.
+    Two groups were forked from a row of a third. Log-probabilities and advantages are multiples of 1/4, so covariances
+    tie. Outside the mask there are zeros.
     """
     rng = np.random.default_rng(7)
     mask, shape = _mask(rng), (ROWS, COLUMNS)
@@ -266,15 +292,21 @@ def example() -> Example:
             "ref_log_prob": token(log_prob + rng.normal(size=shape)),
             "advantage": token(rng.integers(-6, 7, shape) / 4),
             "value": token(np.cos(np.arange(mask.size)).reshape(shape)),
+            "implicit_reward": token(np.sin(np.arange(mask.size)).reshape(shape)),
         },
         row_data={
             "is_valid": jnp.asarray(np.arange(ROWS) != 14),
             "truncated": jnp.asarray(rng.random(ROWS) < 0.3),
             "answer_id": jnp.asarray(np.arange(ROWS) * 5 % 3 - 1, jnp.int32),
             "greedy_reward": jnp.asarray(group / 4 - 0.5, jnp.float32),
+            "exit_order": jnp.asarray(np.arange(ROWS) * 7 % 5, jnp.int32),
+            **_steps(),
             "bootstrap_value": jnp.asarray(np.sin(np.arange(ROWS)), jnp.float32),
         },
     )
+    parent = jnp.where(np.isin(group, (1, 3)), rollouts.row_id[2], -1)  # of the prompt of group 0, at columns 6 and 4
+    fork = jnp.where(parent < 0, rollouts.fork, jnp.where(group == 1, 6, 4))
+    rollouts = rollouts.replace(parent=parent, fork=fork)
     positive = {name: token(rng.exponential(size=shape)) for name in SCORES[1:]}
     return Example(rollouts, {"log_prob": token(log_prob), **positive})
 
