@@ -45,7 +45,7 @@ class RolloutSpec(NamedTuple):
     answer_id: AnswerId | None = None
 
 
-def _grade(spec: RolloutSpec, tokens: Array, response_mask: Array, fields: Mapping[str, Array]) -> list[Array]:
+def grade(spec: RolloutSpec, tokens: Array, response_mask: Array, fields: Mapping[str, Array]) -> list[Array]:
     """The reward columns `[B]`; those of text rewards hold 0."""
     return [
         reward.function(tokens, response_mask, fields).astype(jnp.float32)
@@ -65,7 +65,7 @@ def _greedy(
         policy, params, prompts, length, row_id, key, num_generations=1, max_new_tokens=spec.max_new_tokens,
         eos_id=spec.eos_id, pad_id=spec.pad_id, temperature=jnp.float32(spec.temperature), greedy=True,
     )  # fmt: skip
-    columns = _grade(spec, samples.tokens, samples.response_mask, fields)
+    columns = grade(spec, samples.tokens, samples.response_mask, fields)
     weighted = [reward.weight * column for reward, column in zip(spec.rewards, columns)]
     return jnp.stack(weighted, axis=1).sum(axis=1), jnp.where(samples.response_mask, samples.tokens, -1)
 
@@ -110,7 +110,7 @@ def iid_rollouts(
         sampler=spec.sampler, sampler_state=decode_state,
     )  # fmt: skip
     per_row = {name: jnp.repeat(value, spec.num_generations, axis=0) for name, value in fields.items()}
-    columns = _grade(spec, samples.tokens, samples.response_mask, per_row)
+    columns = grade(spec, samples.tokens, samples.response_mask, per_row)
     token_data = {} if samples.temperature is None else {"temperature": samples.temperature}
     row_data = {"truncated": samples.truncated, "is_valid": jnp.ones(row_id.shape, bool)}
     if len(spec.rewards) > 1 and any(isinstance(reward, TextReward) for reward in spec.rewards):

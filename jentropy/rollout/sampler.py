@@ -21,7 +21,7 @@ class Samples(NamedTuple):
       entropy: `[B, T]` float32, of the same distribution, nats; 0 elsewhere.
       response_mask: `[B, T]` bool, response tokens, the end-of-sequence token included.
       num_tokens: `[B]` int32, response tokens per row, between 1 and N.
-      truncated: `[B]` bool, whether the row had N tokens without an end-of-sequence token.
+      truncated: `[B]` bool, whether the row used up its tokens without an end-of-sequence token.
       temperature: `[B, T]` float32, that of each response token, the given one elsewhere; None if the sampler has no
         temperature rule.
     """
@@ -45,7 +45,7 @@ class _Draw(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """State of the decoding loop: tokens written so far, the rows that have ended, the policy's cache."""
+    """State of the decoding loop: tokens written so far, rows that draw no more, the policy's cache."""
 
     step: Array
     ended: Array
@@ -108,6 +108,7 @@ def sample(
     greedy: bool = False,
     sampler: Sampler | None = None,
     sampler_state: State = (),
+    budget: Array | None = None,
 ) -> Samples:
     """Draws `num_generations` responses to every prompt; pure and without jit: the caller compiles it.
 
@@ -131,6 +132,7 @@ def sample(
       greedy: takes the most probable token instead; log-probabilities are still at the token's temperature.
       sampler: how tokens are drawn; None for `samplers.plain()`.
       sampler_state: the sampler's state, traced.
+      budget: optional `[P]` int32, response tokens that the rows of each prompt may have, in [1, N]; None: N.
 
     Returns:
       The `Samples`.
@@ -144,6 +146,11 @@ def sample(
     temperature, sampler = jnp.asarray(temperature, jnp.float32), sampler or plain()
     unembed = policy.unembed(params)
     row_key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_id)
+    limit = None if budget is None else _repeat(budget, num_generations, 0)
+
+    def ends(token: Array, num_tokens: Array) -> Array:
+        is_end = token == eos_id
+        return is_end if limit is None else is_end | (num_tokens >= limit)
 
     def draw(hidden: Array, step: Array) -> _Draw:
         logits = jnp.einsum("bd,vd->bv", hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32)
@@ -157,7 +164,7 @@ def sample(
         new = draw(hidden, state.step)
         drawn = jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, state.step, 0), state.drawn, new)
         num_tokens = jnp.where(state.ended, state.num_tokens, state.step + 1)
-        return _Loop(state.step + 1, state.ended | (new.token == eos_id), num_tokens, drawn, cache)
+        return _Loop(state.step + 1, state.ended | ends(new.token, num_tokens), num_tokens, drawn, cache)
 
     hidden, cache = policy.prefill(params, prompts, prompts.shape[1] + max_new_tokens)
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
@@ -165,12 +172,14 @@ def sample(
     row_length = _repeat(length, num_generations, 0)
     first = draw(_repeat(last, num_generations, 0), jnp.int32(0))
     drawn = jax.tree.map(lambda x: jnp.pad(x[None], ((0, max_new_tokens - 1), (0, 0))), first)
-    start = _Loop(jnp.int32(1), first.token == eos_id, jnp.ones_like(row_length), drawn, cache)
+    one = jnp.ones_like(row_length)
+    start = _Loop(jnp.int32(1), ends(first.token, one), one, drawn, cache)
     end = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~jnp.all(s.ended), advance, start)
     found, mask = _layout(_repeat(prompts, num_generations, 0), row_length, end.drawn, end.num_tokens, pad_id)
     if found.temperature is not None:
         found = found._replace(temperature=jnp.where(mask, found.temperature, temperature))
+    last_token = jnp.take_along_axis(end.drawn.token, end.num_tokens[None, :] - 1, axis=0)[0]
     return Samples(
-        found.token, found.log_prob, found.entropy, mask, num_tokens=end.num_tokens, truncated=~end.ended,
+        found.token, found.log_prob, found.entropy, mask, num_tokens=end.num_tokens, truncated=last_token != eos_id,
         temperature=found.temperature,
     )  # fmt: skip

@@ -340,3 +340,18 @@ def test_special_tokens_outside_the_vocabulary_are_refused(name):
         options = {"num_generations": 1, "max_new_tokens": 2, "temperature": 1.0} | tokens
         row_id = jnp.arange(4, dtype=jnp.int32)
         sample(transformer(CONFIG), None, make_prompts(), LENGTH, row_id, jax.random.key(0), **options)
+
+
+def test_a_prompts_own_budget_ends_its_rows_and_no_others():
+    whole = run_small()
+    budget = jnp.array([1, 6, 3, 2], jnp.int32)
+    cut = run_small(budget=budget)
+    limit = np.repeat(np.asarray(budget), 3)
+    np.testing.assert_array_equal(cut.num_tokens, np.minimum(whole.num_tokens, limit))
+    np.testing.assert_array_equal(cut.truncated, np.asarray(whole.truncated) | (np.asarray(whole.num_tokens) > limit))
+    assert cut.truncated.any() and not cut.truncated.all()
+    mask = np.asarray(cut.response_mask)
+    np.testing.assert_array_equal(mask.sum(axis=1), cut.num_tokens)
+    for name in ("tokens", "log_prob", "entropy"):
+        np.testing.assert_array_equal(getattr(cut, name)[mask], getattr(whole, name)[mask])
+    np.testing.assert_array_equal(run_small(budget=jnp.full(4, 6, jnp.int32)).tokens, whole.tokens)
