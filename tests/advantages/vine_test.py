@@ -133,7 +133,7 @@ def check_vine(golden, precision):
     """`base_vineppo_*`: one response; the token that ends it has no step of its own. Steps before the last may earn."""
     del precision
     values, reward, length = golden["values"], golden["step_rewards"], golden["step_lengths"].astype(int)
-    sampled = ~np.isnan(golden["mc_rollout_rewards"]).all(axis=1)
+    sampled = ~np.isnan(golden["mc_rollout_rewards"]).all(axis=1) & ~np.isnan(values)
     close(np.nanmean(golden["mc_rollout_rewards"][sampled], axis=1), values[sampled], 1e-12)
     known, num_steps = ~np.isnan(values), len(reward)
     found = step_advantages(
