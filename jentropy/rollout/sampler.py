@@ -149,8 +149,7 @@ def sample(
     limit = None if budget is None else _repeat(budget, num_generations, 0)
 
     def ends(token: Array, num_tokens: Array) -> Array:
-        is_end = token == eos_id
-        return is_end if limit is None else is_end | (num_tokens >= limit)
+        return (token == eos_id) | (False if limit is None else num_tokens >= limit)
 
     def draw(hidden: Array, step: Array) -> _Draw:
         logits = jnp.einsum("bd,vd->bv", hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32)
@@ -172,8 +171,7 @@ def sample(
     row_length = _repeat(length, num_generations, 0)
     first = draw(_repeat(last, num_generations, 0), jnp.int32(0))
     drawn = jax.tree.map(lambda x: jnp.pad(x[None], ((0, max_new_tokens - 1), (0, 0))), first)
-    one = jnp.ones_like(row_length)
-    start = _Loop(jnp.int32(1), ends(first.token, one), one, drawn, cache)
+    start = _Loop(jnp.int32(1), ends(first.token, one := jnp.ones_like(row_length)), one, drawn, cache)
     end = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~jnp.all(s.ended), advance, start)
     found, mask = _layout(_repeat(prompts, num_generations, 0), row_length, end.drawn, end.num_tokens, pad_id)
     if found.temperature is not None:
