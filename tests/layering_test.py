@@ -19,11 +19,11 @@ LAYERS: dict[int, tuple[str, ...]] = {
     0: ("base",),
     1: (
         *("stats", "head", "features", "vocabulary", "ratios", "outcome", "compose", "normalisers", "evaluation"),
-        *("tree", "temperature_control", "nucleus", "regression"),
+        *("tree", "temperature_control", "nucleus", "regression", "soft_value"),
     ),
     2: (
         *("advantages", "mechanisms", "surrogates"),
-        *("learners", "preference", "samplers", "theory", "presets", "conflicts", "aliases"),
+        *("learners", "preference", "etpo", "samplers", "theory", "presets", "conflicts", "aliases"),
     ),
     3: ("policy", "rewards", "data"),
     4: ("rollout",),
