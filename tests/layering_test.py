@@ -19,7 +19,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     0: ("base",),
     1: (
         *("stats", "head", "features", "vocabulary", "ratios", "outcome", "compose", "normalisers", "evaluation"),
-        *("tree", "temperature_control", "nucleus", "regression", "soft_value"),
+        *("tree", "temperature_control", "nucleus", "regression", "fitting", "soft_value"),
     ),
     2: (
         *("advantages", "mechanisms", "surrogates"),
