@@ -115,3 +115,10 @@ def test_resolution_of_rows_that_take_part():
 def test_resolution_of_nothing():
     assert resolution(CORNERS, np.zeros(4), mask=np.zeros((4, 2), bool)) == (0.0, 0.0)
     assert resolution(np.ones((3, 2)), np.zeros(3)) == (0.0, 0.0)
+
+
+def test_last_token():
+    mask = np.array([[0, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], bool)
+    wanted = np.zeros_like(mask)
+    wanted[[0, 1, 3], [3, 4, 0]] = True
+    np.testing.assert_array_equal(outcome.last_token(jnp.asarray(mask)), wanted)
