@@ -3,9 +3,12 @@
 The public door. `jentropy.base` has the types and is the file to read first.
 """
 
+from jentropy.advantages.fr3e import fr3e as fr3e
+from jentropy.advantages.gae import gae as gae
 from jentropy.advantages.gdpo import gdpo as gdpo
 from jentropy.advantages.grpo import grpo as grpo
 from jentropy.advantages.opo import opo as opo
+from jentropy.advantages.prime import prime as prime
 from jentropy.advantages.qae import qae as qae
 from jentropy.advantages.raft import raft as raft
 from jentropy.advantages.raft import reinforce_rej as reinforce_rej
@@ -14,6 +17,8 @@ from jentropy.advantages.reinforce_pp import reinforce_pp as reinforce_pp
 from jentropy.advantages.reinforce_pp import reinforce_pp_baseline as reinforce_pp_baseline
 from jentropy.advantages.remax import remax as remax
 from jentropy.advantages.rloo import rloo as rloo
+from jentropy.advantages.s_grpo import s_grpo as s_grpo
+from jentropy.advantages.vine import vine as vine
 from jentropy.aliases import loss_agg_mode as loss_agg_mode
 from jentropy.aliases import loss_type as loss_type
 from jentropy.base import ENTROPY as ENTROPY
@@ -35,8 +40,11 @@ from jentropy.compose import penalty as penalty
 from jentropy.compose import quantity as quantity
 from jentropy.compose import stateless as stateless
 from jentropy.compose import walk as walk
+from jentropy.etpo import etpo as etpo
 from jentropy.head import linear_scores as linear_scores
 from jentropy.head import pair_scores as pair_scores
+from jentropy.learners.critic import critic as critic
+from jentropy.learners.implicit_reward import implicit_reward as implicit_reward
 from jentropy.mechanisms.adaptive_entropy import adaptive_entropy as adaptive_entropy
 from jentropy.mechanisms.ce_gppo import ce_gppo as ce_gppo
 from jentropy.mechanisms.clip_cov import clip_cov as clip_cov
@@ -59,6 +67,8 @@ from jentropy.normalisers import token_mean as token_mean
 from jentropy.normalisers import token_sum as token_sum
 from jentropy.nucleus import NucleusKind as NucleusKind
 from jentropy.nucleus import nucleus_entropies as nucleus_entropies
+from jentropy.preference import Pairs as Pairs
+from jentropy.preference import h_dpo as h_dpo
 from jentropy.rewards.shaping import overlong_penalty as overlong_penalty
 from jentropy.rewards.shaping import overlong_reward as overlong_reward
 from jentropy.rollout.dynamic import DynamicSampling as DynamicSampling

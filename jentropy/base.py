@@ -191,14 +191,17 @@ class Learner(NamedTuple):
     """A second model with its own parameters and optimizer (critic, implicit process reward, token Q).
 
     Attributes:
-      init: `key -> State`.
+      init: `(key, params) -> State`, from the policy's parameters at the start of the stage; it copies what it keeps of
+        them, for their buffers are donated.
       annotate: `(state, rollouts) -> token_data` to add to the rollouts, before the estimator.
-      update: `(state, rollouts, key) -> (state, metrics)`.
+      update: `(state, rollouts, key) -> (state, metrics)`, with what the estimator has added to the rollouts.
+      update_first: the update comes before `annotate`, and so before the estimator.
     """
 
-    init: Callable[[Array], State]
+    init: Callable[[Array, Any], State]
     annotate: Callable[[State, Rollouts], Mapping[str, Array]]
     update: Callable[[State, Rollouts, Array], tuple[State, Metrics]]
+    update_first: bool = False
 
 
 class Policy(NamedTuple):

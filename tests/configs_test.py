@@ -16,8 +16,8 @@ from jentropy.samplers import plain
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
 from jentropy.train.programs import make_rollout
 from jentropy.train.sharding import MeshShape, make_mesh
-from jentropy.train.step import StepSpec, make_spec, make_train_step
-from jentropy.train.stepper import state_template
+from jentropy.train.step import StepSpec, make_train_step
+from jentropy.train.stepper import stage_spec, state_template
 from jentropy.train.warm_start import warm_start_name
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "configs"
@@ -42,14 +42,7 @@ def policy_gradient_stages(built: Experiment) -> list[Reinforce]:
 
 def specs(built: Experiment) -> list[StepSpec]:
     """What is compiled into the step of each stage of reinforcement learning."""
-    return [
-        make_spec(
-            transformer(built.policy), stage.objective, stage.optimizer, reference=stage.reference,
-            num_minibatches=stage.num_minibatches, num_epochs=stage.num_epochs, sampler=stage.sampler,
-            ledger=stage.ledger,
-        )
-        for stage in policy_gradient_stages(built)
-    ]  # fmt: skip
+    return [stage_spec(built, stage, transformer(built.policy)) for stage in policy_gradient_stages(built)]
 
 
 def test_the_configs_that_documents_name_are_there():

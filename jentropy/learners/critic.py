@@ -51,12 +51,12 @@ def value_loss(
 
 @dataclasses.dataclass(frozen=True)
 class _Init:
-    init: Callable[[Array], Any]
+    init: Callable[[Array, Any], Any]
     optimizer: fitting.Optimizer
     cliprange_value: float
 
-    def __call__(self, key: Array) -> CriticState:
-        return CriticState(*fitting.start(self.optimizer, self.init(key)), hyper(self.cliprange_value))
+    def __call__(self, key: Array, params: Any) -> CriticState:
+        return CriticState(*fitting.start(self.optimizer, self.init(key, params)), hyper(self.cliprange_value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Update:
 
 def critic(
     *,
-    init: Callable[[Array], Any],
+    init: Callable[[Array, Any], Any],
     value: ValueFunction,
     optimizer: fitting.Optimizer,
     cliprange_value: float = 0.5,
@@ -123,7 +123,7 @@ def critic(
     and `critic/vpred_mean` (over tokens), `critic/grad_norm`, and `critic/skipped`, the updates that were not finite.
 
     Args:
-      init: `key -> params`.
+      init: `(key, params of the policy) -> params`.
       value: `(params, tokens [B, T]) -> [B, T]`: column t is the value of the state before token t, a function of the
         tokens before it. From hidden states that is the head on `hidden[:, t - 1]`.
       optimizer: such as an `optax.GradientTransformation`.
@@ -139,8 +139,8 @@ def critic(
     Reference: 1707.06347, section 5; the clipped loss: released code, verl 0.9.1, `compute_value_loss`.
 
     >>> import jax, optax
-    >>> learner = critic(init=lambda key: jnp.zeros(1), value=lambda w, x: w + 0.0 * x, optimizer=optax.sgd(0.1))
-    >>> learner.init(jax.random.key(0)).params
+    >>> learner = critic(init=lambda key, _: jnp.zeros(1), value=lambda w, x: w + 0.0 * x, optimizer=optax.sgd(0.1))
+    >>> learner.init(jax.random.key(0), None).params
     Array([0.], dtype=float32)
     """
     require(cliprange_value > 0.0, "cliprange_value", cliprange_value, "above 0")

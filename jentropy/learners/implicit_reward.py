@@ -90,13 +90,13 @@ class _Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Init:
-    init: Callable[[Array], Any]
+    init: Callable[[Array, Any], Any]
     reference: str
     optimizer: fitting.Optimizer
     beta: float
 
-    def __call__(self, key: Array) -> ImplicitRewardState:
-        params = self.init(key)
+    def __call__(self, key: Array, params: Any) -> ImplicitRewardState:
+        params = self.init(key, params)
         reference = () if self.reference == "policy" else jax.tree.map(jnp.copy, params)
         return ImplicitRewardState(params, reference, fitting.start(self.optimizer, params).opt_state, hyper(self.beta))
 
@@ -164,7 +164,7 @@ class _Update:
 
 def implicit_reward(
     *,
-    init: Callable[[Array], Any],
+    init: Callable[[Array, Any], Any],
     log_prob: LogProb,
     optimizer: fitting.Optimizer,
     beta: float = 0.05,
@@ -192,7 +192,7 @@ def implicit_reward(
     outside [0, 1] stops a run.
 
     Args:
-      init: `key -> params`, those of the SFT model.
+      init: `(key, params of the policy) -> params`; those of the policy itself after supervised learning, in PRIME.
       log_prob: `(params, tokens [B, T]) -> [B, T]` nats: column t is about token t.
       optimizer: such as an `optax.GradientTransformation`. PRIME: AdamW of 1e-6 without weight decay, clipped at 10.
       beta: β, finite and above 0.
@@ -208,8 +208,9 @@ def implicit_reward(
     Reference: 2502.01456, eq. 3 and 6; released code: PRIME-RL/PRIME, `dp_prime.py`.
 
     >>> import optax
-    >>> learner = implicit_reward(init=lambda key: jnp.zeros(1), log_prob=lambda w, x: w * x, optimizer=optax.sgd(0.1))
-    >>> learner.init(jax.random.key(0)).reference
+    >>> parts = {"init": lambda key, _: jnp.zeros(1), "log_prob": lambda w, x: w * x}
+    >>> learner = implicit_reward(**parts, optimizer=optax.sgd(0.1))
+    >>> learner.init(jax.random.key(0), None).reference
     Array([0.], dtype=float32)
     """
     require(0.0 < beta < float("inf"), "beta", beta, "finite and above 0")

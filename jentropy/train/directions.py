@@ -13,6 +13,7 @@ from jentropy import compose, stats
 from jentropy.base import Array, Metrics, Plan, Quantities, Rollouts, Signals, initial_plan
 from jentropy.train import step as step_lib
 from jentropy.train.entropy_derivative import entropy_derivative
+from jentropy.train.learning import annotate
 from jentropy.train.ledger import entropy_changes
 from jentropy.train.optimizer import propose
 from jentropy.train.sharding import constrain_rows
@@ -37,7 +38,7 @@ def _direction(
     spec: StepSpec, state: TrainState, rows: Rollouts, scores: Quantities, pull: step_lib.Pullback
 ) -> _Direction:
     """One update over all rows at ratio 1."""
-    rows = _without(spec.left_out, rows)
+    rows, _, _ = annotate(spec.learners, state, _without(spec.left_out, rows))
     advantage, token_data, metrics, _ = spec.estimate(rows, state.estimator_state)
     rows = rows.replace(token_data={**rows.token_data, **token_data})
     scores = {name: jnp.where(rows.loss_mask, scores[name], 0.0) for name in map(str, spec.outputs)}

@@ -9,12 +9,14 @@ from typing import TypeAlias
 from jentropy import conflicts
 from jentropy.base import Objective, require
 from jentropy.data.task import Task
-from jentropy.policy.transformer import TransformerConfig
+from jentropy.policy.transformer import TransformerConfig, transformer
 from jentropy.rewards.base import DeviceReward, weights_of
 from jentropy.rollout.dynamic import DynamicSampling
+from jentropy.rollout.strategy import Strategy
 from jentropy.samplers import Sampler
 from jentropy.train.ledger import Ledger
 from jentropy.train.optimizer import AdamW
+from jentropy.train.second_models import SecondModel
 from jentropy.train.sharding import MeshShape, check_rows, make_mesh
 
 PROVIDED = ("ref_log_prob", "answer_id", "greedy_reward", "truncated", "is_valid")
@@ -71,11 +73,14 @@ class Reinforce:
       dynamic_sampling: which groups are kept, with new prompts until all `num_prompts` groups are such; None: all.
         Prompts and samples of round r are a function of (seed, step, r), those of the first round the ones that are
         sampled without it: no prompt is set aside for the next rollout.
+      strategy: more rows than the responses to the prompts, sampled from prefixes of these; None: the responses are the
+        rows. It says how many groups of `num_generations` rows a rollout has. Evaluations have none.
       mask_truncated: no gradient from responses that were cut at the limit; see `shaping.mask_truncated`.
       shaping: rewards that are added as further columns after the task's, such as `overlong_reward`. They are not
         evaluated, dynamic sampling does not look at them, and they make no row valid that no grader of the task graded.
       eos_in_loss: whether the token that ends a response is trained on and counts in statistics, as in TRL and verl.
       ledger: which steps are entered into the entropy ledger, `ledger.jsonl`; None for none, at no cost.
+      learners: second models by name, such as a `Critic`, which give what the estimator needs.
     """
 
     name: str = "rl"
@@ -91,10 +96,12 @@ class Reinforce:
     reference: bool = False
     sampler: Sampler | None = None
     dynamic_sampling: DynamicSampling | None = None
+    strategy: Strategy | None = None
     mask_truncated: bool = False
     shaping: tuple[DeviceReward, ...] = ()
     eos_in_loss: bool = True
     ledger: Ledger | None = None
+    learners: Mapping[str, SecondModel] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("steps", "num_prompts", "num_minibatches", "num_epochs", "num_microbatches"):
@@ -107,7 +114,7 @@ class Reinforce:
             self.num_prompts,
             f"a multiple of num_minibatches = {self.num_minibatches}",
         )
-        rows = self.num_prompts * self.num_generations // self.num_minibatches
+        rows = self.num_rows // self.num_minibatches
         require(
             rows % self.num_microbatches == 0,
             "num_microbatches",
@@ -115,12 +122,21 @@ class Reinforce:
             f"a divisor of the {rows} rows of an update",
         )
         require(self.objective.temperature > 0, "temperature", self.objective.temperature, "positive")
-        conflicts.check(self.objective, f"stage {self.name!r}")
-        unknown = sorted(self.required - set(PROVIDED))
+        conflicts.check(self.objective, f"stage {self.name!r}", self.strategy)
+        held = [*PROVIDED, *(name for model in self.learners.values() for name in model.provides)]
+        held += [] if self.strategy is None else self.strategy.provides
+        unknown = sorted(self.required - set(held))
         if unknown:
-            raise ValueError(f"a method needs {', '.join(unknown)}, and rows can hold only {', '.join(PROVIDED)}")
+            raise ValueError(
+                f"a method needs {', '.join(unknown)}, and rows can hold only {', '.join(held)}: add what provides it, "
+                "such as a second model in `learners` or a `strategy`"
+            )
+        twice = sorted({name for name in held if held.count(name) > 1})
+        require(not twice, "learners", sorted(self.learners), f"such that only one gives {', '.join(twice)}")
         if "ref_log_prob" in self.required:
             require(self.reference, "reference", self.reference, "True: the objective needs the reference policy")
+        if self.strategy is not None:
+            self._check_strategy(self.strategy)
         if self.dynamic_sampling is not None:
             enough = self.num_generations >= 2
             require(enough, "num_generations", self.num_generations, "at least 2 for dynamic_sampling")
@@ -131,6 +147,27 @@ class Reinforce:
                 f"num_minibatches * num_epochs = {updates}",
                 stacklevel=2,
             )
+
+    def _check_strategy(self, strategy: Strategy) -> None:
+        if self.dynamic_sampling is not None:
+            raise ValueError(
+                f"stage {self.name!r}: dynamic_sampling and a strategy do not go together: rows of groups that do not "
+                "vary count as well, because they say what a state is worth"
+            )
+        missing = sorted(self.required & set(strategy.refuses))
+        if missing:
+            kind = type(strategy).__name__
+            raise ValueError(f"a method needs {', '.join(missing)}, which the rows of {kind} cannot hold")
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of a rollout, of `num_generations` rows each."""
+        return self.num_prompts if self.strategy is None else self.strategy.num_groups(self.num_prompts)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a rollout."""
+        return self.num_groups * self.num_generations
 
     @property
     def required(self) -> frozenset[str]:
@@ -223,6 +260,11 @@ class Experiment:
                     f"a method of stage {stage.name!r} needs answer_id, and task {self.task.name!r} does not say what "
                     "the answer of a response is: give it an answer_id or a final_answer"
                 )
+            if isinstance(stage, Reinforce) and stage.strategy is not None:
+                stage.strategy.check(stage.num_generations, self.task)
+            if isinstance(stage, Reinforce):
+                for model in stage.learners.values():
+                    model.make(transformer(self.policy))
         vocab = self.task.tokenizer.vocab_size
         require(self.policy.vocab_size >= vocab, "policy.vocab_size", self.policy.vocab_size, f"at least {vocab}")
 
@@ -239,5 +281,5 @@ class Experiment:
                 check_rows(mesh, stage.batch_size, f"{stage.name}.batch_size")
             else:
                 check_rows(mesh, stage.num_prompts, f"{stage.name}.num_prompts")
-                rows = stage.num_prompts * stage.num_generations // stage.num_minibatches // stage.num_microbatches
+                rows = stage.num_rows // stage.num_minibatches // stage.num_microbatches
                 check_rows(mesh, rows, f"{stage.name}: a micro-batch")

@@ -42,6 +42,7 @@ def other_stage(kept: Kept, config: fdl.Config) -> Reinforce:
             f"because stage {run.name!r} of the run has reference=False"
         )
     held = {*kept.rollouts.row_data, *kept.rollouts.token_data, *(["ref_log_prob"] if run.reference else [])}
+    held |= {name for model in run.learners.values() for name in model.provides}
     missing = sorted(other.required - held)
     if missing:
         raise KeptError(

@@ -33,9 +33,9 @@ from jentropy.train.other_method import other_stage, state_under
 from jentropy.train.programs import SAMPLING
 from jentropy.train.quarantine import SKIPPED, load_batch, stored_steps
 from jentropy.train.sharding import make_mesh, replicated, row_sharding
-from jentropy.train.state import TrainState, new_stage
+from jentropy.train.state import TrainState
 from jentropy.train.step import make_train_step
-from jentropy.train.stepper import Stepper, stage_spec, state_template
+from jentropy.train.stepper import Stepper, fresh_state, stage_spec, state_template
 from jentropy.train.warm_start import cached_warm_start, init_params, run_supervised
 
 
@@ -125,13 +125,8 @@ class _Past:
         if here:
             return self._restore(here[-1], index), here[-1]
         params, start = self._params_of(index, saved)
-        stage = self.experiment.stages[index]
-        assert isinstance(stage, Reinforce)
         shardings = jax.tree.map(lambda x: x.sharding, state_template(self.experiment, self.policy, self.mesh, index))
-        fresh = functools.partial(
-            new_stage, objective=stage.objective, optimizer=stage.optimizer, reference=stage.reference,
-            sampler=stage.sampler, reward_weights=self.experiment.reward_weights(stage),
-        )  # fmt: skip
+        fresh = functools.partial(fresh_state, self.experiment, index)
         count = jax.device_put(np.int32(start), replicated(self.mesh))
         return jax.jit(fresh, out_shardings=shardings)(params, count, self.key), start
 
@@ -319,7 +314,7 @@ def replay_kept(run: str | Path, step: int, config: fdl.Config | None = None) ->
     else:
         method, stage = config.name, other_stage(kept, config)
         state = state_under(kept, stage)
-    train_step = make_train_step(stage_spec(kept.experiment, stage, kept.policy), stage.num_prompts, kept.mesh)
+    train_step = make_train_step(stage_spec(kept.experiment, stage, kept.policy), stage.num_groups, kept.mesh)
     _, metrics = train_step(state, kept.placed())
     return KeptReplay(step, stage.name, method, recorded, divide(jax.device_get(metrics)))
 

@@ -61,7 +61,7 @@ _RULES: dict[tuple[Rule, str], str] = {
     """,
     (Rule.WITH_FLAG, "other rollouts"): """
         reinforce.mixture reinforce.mixture.* reinforce.num_prompts reinforce.num_generations
-        reinforce.dynamic_sampling reinforce.dynamic_sampling.*
+        reinforce.dynamic_sampling reinforce.dynamic_sampling.* reinforce.strategy reinforce.strategy.*
         reinforce.objective.temperature task.max_new_tokens task.prompt_columns
     """,
     (Rule.WITH_FLAG, "other rewards"): """
@@ -80,6 +80,7 @@ _RULES: dict[tuple[Rule, str], str] = {
         reinforce.optimizer.learning_rate
         reinforce.objective.estimator reinforce.objective.estimator.**
         reinforce.objective.mechanisms reinforce.objective.mechanisms.** reinforce.sampler reinforce.sampler.**
+        reinforce.learners reinforce.learners.**
     """,
     (Rule.REFUSED, "the checkpoint's state has another structure"): """
         . reinforce supervised reinforce.objective reinforce.optimizer reinforce.reference evaluation mesh

@@ -9,10 +9,13 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from jentropy.base import Array, Objective, Policy, State
+from jentropy.base import Array, Learner, Objective, Policy, State
 from jentropy.samplers import Sampler, plain
 from jentropy.train.optimizer import AdamW, init_optimizer, make_optimizer
 from jentropy.train.sharding import param_shardings, replicated
+
+STARTING = 4
+"""What of the run's key is folded in for the parameters of second models; see also `step` and `programs`."""
 
 
 @struct.dataclass(kw_only=True)
@@ -45,6 +48,7 @@ class TrainState:
 def new_stage(
     params: Any, step: Array, key: Array, objective: Objective, optimizer: AdamW, reference: bool,
     sampler: Sampler | None = None, reward_weights: tuple[float, ...] | None = None,
+    learners: Mapping[str, Learner] | None = None,
 ) -> TrainState:  # fmt: skip
     """The state in which a stage starts: its own optimizer, mechanism, estimator and sampler state.
 
@@ -57,7 +61,10 @@ def new_stage(
       reference: whether to keep the parameters as the frozen reference policy.
       sampler: how tokens are drawn; None for `samplers.plain()`.
       reward_weights: of the task's reward columns, for an estimator that has none of its own; None: all 1.
+      learners: second models by name.
     """
+    first = jax.random.fold_in(jax.random.fold_in(key, STARTING), step)
+    begun = enumerate((learners or {}).items())
     return TrainState(
         step=step,
         params=params,
@@ -65,7 +72,7 @@ def new_stage(
         mechanism_state=objective.mechanisms.init(),
         estimator_state=objective.estimator.init(reward_weights),
         frozen={"reference": jax.tree.map(jnp.copy, params)} if reference else {},
-        learners={},
+        learners={name: learner.init(jax.random.fold_in(first, i), params) for i, (name, learner) in begun},
         decode_state=(sampler or plain()).init(),
         key=key,
     )
@@ -82,9 +89,17 @@ def optimizer_shardings(policy: Policy, mesh: Mesh, optimizer: AdamW, opt_state:
 def state_shardings(policy: Policy, mesh: Mesh, optimizer: AdamW, state: TrainState) -> TrainState:
     """Shardings for `state` (arrays or shapes): parameters and what mirrors them by rule, the rest replicated."""
     params = param_shardings(policy, mesh)
+    structure = jax.tree.structure(params)
+
+    def is_policy(tree: Any) -> bool:
+        return jax.tree.structure(tree) == structure
+
     shardings = jax.tree.map(lambda _: replicated(mesh), state)
     return shardings.replace(
         params=params,
         opt_state=optimizer_shardings(policy, mesh, optimizer, state.opt_state),
         frozen={name: params for name in state.frozen},
+        learners=jax.tree.map(
+            lambda tree: params if is_policy(tree) else replicated(mesh), state.learners, is_leaf=is_policy
+        ),
     )

@@ -18,6 +18,7 @@ from jentropy.base import (
     ENTROPY,
     LOG_PROB,
     Array,
+    Learner,
     Metrics,
     Normaliser,
     Objective,
@@ -32,6 +33,7 @@ from jentropy.base import (
     initial_plan,
 )
 from jentropy.samplers import Sampler, Statistics
+from jentropy.train.learning import Learners, annotate, compiled_learners, learn
 from jentropy.train.ledger import Ledger, Marks, Seen, merge_marks, record, update_marks
 from jentropy.train.optimizer import AdamW, apply_optimizer, compiled_part
 from jentropy.train.rollout_metrics import rollout_metrics
@@ -68,6 +70,7 @@ class StepSpec(NamedTuple):
     advance: Callable[..., Any] | None = None
     left_out: int | None = None
     ledger: Ledger | None = None
+    learners: Learners = ()
 
     @property
     def num_updates(self) -> int:
@@ -92,6 +95,7 @@ def make_spec(
     sampler: Sampler | None = None,
     left_out: int | None = None,
     ledger: Ledger | None = None,
+    learners: Mapping[str, Learner] | None = None,
 ) -> StepSpec:
     """The static description of a step from its parts; a token `left_out` is not in the loss. See `StepSpec`."""
     outputs = tuple(dict.fromkeys((LOG_PROB, ENTROPY, *objective.mechanisms.outputs)))
@@ -112,6 +116,7 @@ def make_spec(
         advance=None if sampler is None else sampler.advance,
         left_out=left_out,
         ledger=ledger,
+        learners=compiled_learners(learners or {}),
     )
 
 
@@ -302,10 +307,13 @@ def _advanced(spec: StepSpec, state: TrainState, rows: Rollouts, scores: Quantit
 
 
 def _estimate(spec: StepSpec, state: TrainState, rows: Rollouts, scores: Quantities) -> tuple[Rollouts, Array, Any]:
-    advantage, token_data, metrics, estimator_state = spec.estimate(rows, state.estimator_state)
+    rows, learned, metrics = annotate(spec.learners, state, rows)
+    advantage, token_data, found, estimator_state = spec.estimate(rows, state.estimator_state)
     rows = rows.replace(token_data={**rows.token_data, **token_data})
-    metrics = {**metrics, **rollout_metrics(rows, scores, advantage)}
-    carried = {"estimator_state": estimator_state, "decode_state": _advanced(spec, state, rows, scores)}
+    learned, reported = learn(spec.learners, state, learned, rows, first=False)
+    metrics = {**metrics, **reported, **found, **rollout_metrics(rows, scores, advantage)}
+    decode_state = _advanced(spec, state, rows, scores)
+    carried = {"estimator_state": estimator_state, "decode_state": decode_state, "learners": learned}
     return rows, advantage, (carried, metrics, Seen(rows, advantage, {}))
 
 

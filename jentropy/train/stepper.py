@@ -8,16 +8,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jentropy.base import Metrics, Policy, Rollouts
+from jentropy.base import Learner, Metrics, Policy, Rollouts
 from jentropy.data.source import Prompts
+from jentropy.policy.transformer import transformer
 from jentropy.rollout.dynamic import dynamic_rollouts
 from jentropy.rollout.iid import RolloutSpec
 from jentropy.samplers import plain
 from jentropy.train.evaluate import grade_on_host, put_prompts
 from jentropy.train.experiment import Experiment, Reinforce
 from jentropy.train.filters import make_judge, make_mask, make_place, round_keys
+from jentropy.train.forked import Forker, total_weights
 from jentropy.train.programs import make_rollout
 from jentropy.train.quarantine import Batch
+from jentropy.train.second_models import compiled_model
 from jentropy.train.sharding import replicated
 from jentropy.train.state import TrainState, new_stage, state_shardings
 from jentropy.train.step import StepSpec, make_spec, make_train_step
@@ -29,8 +32,14 @@ def fresh_state(experiment: Experiment, index: int, params: Any, step: jax.Array
     assert isinstance(stage, Reinforce), f"stage {index} has no training state"
     return new_stage(
         params, step, key, stage.objective, stage.optimizer, stage.reference, stage.sampler,
-        experiment.reward_weights(stage),
+        experiment.reward_weights(stage), make_learners(experiment, stage),
     )  # fmt: skip
+
+
+def make_learners(experiment: Experiment, stage: Reinforce) -> dict[str, Learner]:
+    """The second models of a stage by name."""
+    policy = transformer(experiment.policy)
+    return {name: model.make(policy) for name, model in stage.learners.items()}
 
 
 def state_template(experiment: Experiment, policy: Policy, mesh: Mesh, index: int) -> TrainState:
@@ -48,6 +57,7 @@ def stage_spec(experiment: Experiment, stage: Reinforce, policy: Policy) -> Step
         policy, stage.objective, stage.optimizer, reference=stage.reference, num_minibatches=stage.num_minibatches,
         num_epochs=stage.num_epochs, num_microbatches=stage.num_microbatches, sampler=stage.sampler,
         left_out=None if stage.eos_in_loss else experiment.task.tokenizer.eos_id, ledger=stage.ledger,
+        learners={name: compiled_model(model).make(policy) for name, model in stage.learners.items()},
     )  # fmt: skip
 
 
@@ -63,18 +73,24 @@ class Stepper:
     """
 
     def __init__(self, experiment: Experiment, stage: Reinforce, policy: Policy, mesh: Mesh, key: jax.Array) -> None:
-        task, objective = experiment.task, stage.objective
+        task, objective, strategy = experiment.task, stage.objective, stage.strategy
+        rewards = (*task.rewards, *stage.shaping)
+        num_roots = stage.num_generations if strategy is None else strategy.num_roots(stage.num_generations)
         sampler = RolloutSpec(
-            stage.num_generations, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
-            objective.temperature, (*task.rewards, *stage.shaping), sampler=stage.sampler or plain(),
+            num_roots, task.max_new_tokens, task.tokenizer.eos_id, task.tokenizer.pad_id,
+            objective.temperature, rewards, sampler=stage.sampler or plain(),
             required=stage.required, answer_id=task.answer_id,
         )  # fmt: skip
         self._rollout = make_rollout(policy, sampler, mesh)
-        self.train_step = make_train_step(stage_spec(experiment, stage, policy), stage.num_prompts, mesh)
+        self.train_step = make_train_step(stage_spec(experiment, stage, policy), stage.num_groups, mesh)
         self._source = task.prompts("train", stage.mixture)
         self._task, self._mesh, self._key = task, mesh, key
         self._seed, self._num_prompts = experiment.seed, stage.num_prompts
         self._mask = make_mask(mesh) if stage.mask_truncated else None
+        self._forker = None
+        if strategy is not None:
+            weights = total_weights(objective, experiment.reward_weights(stage), len(rewards))
+            self._forker = Forker(strategy, policy, sampler, stage.num_generations, task, mesh, key, weights)
         self._dynamic = stage.dynamic_sampling
         if self._dynamic is not None:
             self._keys = round_keys(key, self._dynamic.max_num_gen_batches, mesh)
@@ -83,18 +99,28 @@ class Stepper:
 
     def _round(self, state: TrainState, step: int, draw: int, prompts: Prompts) -> Rollouts:
         """Graded rows of one round of sampling; only dynamic sampling has a second."""
+        return self._grown(state, step, draw, prompts)[0]
+
+    def _grown(
+        self, state: TrainState, step: int, draw: int, prompts: Prompts
+    ) -> tuple[Rollouts, Mapping[str, tuple[Any, Any]]]:
+        """Graded responses to prompts and, with a strategy, what grows from them; what it says of itself."""
         index = jax.device_put(np.int32(step), replicated(self._mesh))
-        placed = put_prompts(prompts, self._mesh)
+        tokens, length, fields = put_prompts(prompts, self._mesh)
         key = self._key if self._dynamic is None else self._keys[draw]
-        rows, _ = self._rollout(state.params, key, index, *placed, state.decode_state)
-        return grade_on_host(self._task, rows, prompts)
+        rows, entropy = self._rollout(state.params, key, index, tokens, length, fields, state.decode_state)
+        rows = grade_on_host(self._task, rows, prompts)
+        if self._forker is None:
+            return rows, {}
+        return self._forker(state.params, state.decode_state, index, fields, prompts, rows, entropy)
 
     def _sample(self, state: TrainState, step: int) -> tuple[Rollouts, np.ndarray, Mapping[str, tuple[Any, Any]]]:
         """The rows of a rollout, the prompt of each group, and what sampling says of itself."""
         draw_prompts = functools.partial(self._source.batch, self._seed, step, self._num_prompts)
         if self._dynamic is None:
             prompts = draw_prompts()
-            return self._round(state, step, 0, prompts), prompts.example_id, {}
+            rows, said = self._grown(state, step, 0, prompts)
+            return rows, prompts.example_id, said
         return dynamic_rollouts(
             draw_prompts, functools.partial(self._round, state, step), settings=self._dynamic,
             num_groups=self._num_prompts, judge=self._judge, place=self._place,

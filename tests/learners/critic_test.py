@@ -21,7 +21,7 @@ TOKENS = np.random.default_rng(0).integers(0, NUM_TOKENS, MASK.shape).astype(np.
 RETURNS = np.random.default_rng(1).normal(size=MASK.shape).astype(np.float32)
 
 
-def initial(key):
+def initial(key, params=None):
     return {"w": jax.random.normal(key, (NUM_TOKENS,))}
 
 
@@ -76,7 +76,7 @@ def test_without_a_bound_it_is_half_the_square():
 
 def test_annotation():
     learner = make()
-    state = learner.init(jax.random.key(0))
+    state = learner.init(jax.random.key(0), None)
     found = learner.annotate(state, rows())["value"]
     np.testing.assert_array_equal(found, np.where(MASK, np.asarray(state.params["w"])[previous()], 0.0))
     pieces = make(num_micro_batches=3).annotate(state, rows())["value"]
@@ -87,7 +87,7 @@ def test_annotation():
 @pytest.mark.parametrize("normaliser", [normalisers.token_mean, normalisers.sequence_mean_token_mean])
 def test_one_update_in_numpy(normaliser):
     learner = make(normaliser=normaliser, cliprange_value=np.inf)
-    state = learner.init(jax.random.key(0))
+    state = learner.init(jax.random.key(0), None)
     batch = annotated(learner, state)
     new, metrics = jitted(learner.update)(state, batch, jax.random.key(1))
     w, weight = np.asarray(state.params["w"]), np.asarray(normaliser(jnp.asarray(MASK), batch))
@@ -104,11 +104,11 @@ def test_one_update_in_numpy(normaliser):
 def test_the_old_values_bound_the_later_ones():
     """Steps that are too large: with a bound, values stop soon after they have moved that far."""
     near, far = make(cliprange_value=0.01, num_epochs=5), make(cliprange_value=np.inf, num_epochs=5)
-    state = near.init(jax.random.key(0))
+    state = near.init(jax.random.key(0), None)
     batch = annotated(near, state, RETURNS + 9.0)
     moved = []
     for learner in (near, far):
-        new, metrics = jitted(learner.update)(learner.init(jax.random.key(0)), batch, jax.random.key(1))
+        new, metrics = jitted(learner.update)(learner.init(jax.random.key(0), None), batch, jax.random.key(1))
         moved.append(np.abs(np.asarray(new.params["w"]) - np.asarray(state.params["w"])).max())
         assert (metrics["critic/vf_clipfrac"][0] > 0.0) == (learner is near)
     assert moved[0] < 0.7 * moved[1]
@@ -117,7 +117,7 @@ def test_the_old_values_bound_the_later_ones():
 def test_it_learns_what_gae_gives():
     """Returns at λ = 1 do not depend on the values: the critic ends at the mean return of each state."""
     learner, estimator = make(cliprange_value=np.inf, num_epochs=8), gae()
-    state = learner.init(jax.random.key(0))
+    state = learner.init(jax.random.key(0), None)
 
     @jax.jit
     def step(state, key):
@@ -139,7 +139,7 @@ def test_it_learns_what_gae_gives():
 
 
 def test_micro_batches_change_nothing():
-    state = make().init(jax.random.key(0))
+    state = make().init(jax.random.key(0), None)
     batch = annotated(make(), state)
     found, wanted = (
         jitted(make(num_minibatches=2, num_micro_batches=num).update)(state, batch, jax.random.key(1)) for num in (2, 1)
@@ -150,7 +150,7 @@ def test_micro_batches_change_nothing():
 def test_a_restored_state_goes_on_bit_for_bit():
     learner = make(optimizer=optax.adam(0.1), num_epochs=2)
     update = jitted(learner.update)
-    state = learner.init(jax.random.key(0))
+    state = learner.init(jax.random.key(0), None)
     batch = annotated(learner, state)
     state, _ = update(state, batch, jax.random.key(1))
     leaves, structure = jax.tree.flatten(state)
@@ -161,7 +161,7 @@ def test_a_restored_state_goes_on_bit_for_bit():
     restored = jax.tree.unflatten(structure, [jnp.asarray(stored[name]) for name in stored.files])
     one, two = (update(s, batch, jax.random.key(2))[0] for s in (state, restored))
     jax.tree.map(np.testing.assert_array_equal, one, two)
-    assert jax.tree.structure(one) == structure == jax.tree.structure(learner.init(jax.random.key(0)))
+    assert jax.tree.structure(one) == structure == jax.tree.structure(learner.init(jax.random.key(0), None))
     for before, after in zip(leaves, jax.tree.leaves(one)):
         assert (before.shape, before.dtype, before.weak_type) == (after.shape, after.dtype, after.weak_type)
 
@@ -175,7 +175,7 @@ def test_settings_share_a_compilation():
 
 def test_missing_data_and_refusals():
     learner = make()
-    state = learner.init(jax.random.key(0))
+    state = learner.init(jax.random.key(0), None)
     with pytest.raises(ValueError, match=r"the critic needs token_data\['return'\], got \['value'\]"):
         learner.update(state, rows(**learner.annotate(state, rows())), jax.random.key(0))
     with pytest.raises(ValueError, match=r"cliprange_value must be above 0, got 0\.0"):

@@ -21,7 +21,7 @@ ACCURACY = np.array([1.0, 0.0, 1.0, 0.5, 0.0, 1.0], np.float32)
 GROUP = np.array([0, 0, 0, 1, 1, 2])
 
 
-def initial(key):
+def initial(key, params=None):
     return {"w": jax.random.normal(key, (NUM_TOKENS,))}
 
 
@@ -52,7 +52,7 @@ def annotated(learner, state, **options):
 
 def moved(learner):
     """A state whose model has left the reference."""
-    state = learner.init(jax.random.key(0))
+    state = learner.init(jax.random.key(0), None)
     return state._replace(params={"w": state.params["w"] + jnp.linspace(-1.0, 1.0, NUM_TOKENS)})
 
 
@@ -65,7 +65,7 @@ def log_softmax(w):
 
 def test_annotation():
     learner = make()
-    first = learner.init(jax.random.key(0))
+    first = learner.init(jax.random.key(0), None)
     assert not learner.annotate(first, rows())["implicit_reward"].any()
     state = moved(learner)
     found = learner.annotate(state, rows())["implicit_reward"]
@@ -76,7 +76,7 @@ def test_annotation():
 
 def test_the_policy_as_reference():
     learner = make(reference="policy")
-    state = learner.init(jax.random.key(0))
+    state = learner.init(jax.random.key(0), None)
     assert state.reference == ()
     found = learner.annotate(state, rows())["implicit_reward"]
     wanted = np.where(MASK, log_softmax(state.params["w"])[TOKENS] + 1.0, 0.0)
@@ -114,7 +114,7 @@ def test_update_before_annotation_is_the_same_update():
 
 def test_it_learns_to_order_responses():
     learner = make(beta=1.0, num_epochs=10, num_minibatches=2)
-    state = learner.init(jax.random.key(0))
+    state = learner.init(jax.random.key(0), None)
     update, metrics = jitted(learner.update), {}
     for i in range(5):
         state, metrics = update(state, rows(), jax.random.key(i))
@@ -164,7 +164,7 @@ def test_micro_batches_change_nothing():
 def test_a_restored_state_goes_on_bit_for_bit():
     learner = make(optimizer=optax.adam(0.1), num_epochs=2)
     update = jitted(learner.update)
-    state, _ = update(learner.init(jax.random.key(0)), rows(), jax.random.key(1))
+    state, _ = update(learner.init(jax.random.key(0), None), rows(), jax.random.key(1))
     leaves, structure = jax.tree.flatten(state)
     file = io.BytesIO()
     np.savez(file, *leaves)
@@ -173,13 +173,13 @@ def test_a_restored_state_goes_on_bit_for_bit():
     restored = jax.tree.unflatten(structure, [jnp.asarray(stored[name]) for name in stored.files])
     one, two = (update(s, rows(), jax.random.key(2))[0] for s in (state, restored))
     jax.tree.map(np.testing.assert_array_equal, one, two)
-    assert jax.tree.structure(one) == structure == jax.tree.structure(learner.init(jax.random.key(0)))
+    assert jax.tree.structure(one) == structure == jax.tree.structure(learner.init(jax.random.key(0), None))
 
 
 def test_model_and_reference_are_two_buffers():
     """A state is donated as a whole."""
     learner = make()
-    state = learner.init(jax.random.key(0))
+    state = learner.init(jax.random.key(0), None)
     new, _ = jax.jit(learner.update, donate_argnums=0)(state, rows(), jax.random.key(1))
     assert np.isfinite(new.params["w"]).all() and np.isfinite(new.reference["w"]).all()
 
