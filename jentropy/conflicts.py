@@ -23,11 +23,12 @@ class Conflict(NamedTuple):
 
 
 class _Chain(NamedTuple):
-    """An objective, the mechanisms of it in order, the module of its estimator."""
+    """An objective, the mechanisms of it in order, the modules of its estimator and of the rollout's strategy."""
 
     parts: tuple[Part, ...]
     estimator: str
     objective: Objective
+    strategy: str = ""
 
     def count(self, *methods: str) -> int:
         return sum(part.method in methods for part in self.parts)
@@ -135,6 +136,18 @@ def _penalty_on_another_ratio(chain: _Chain) -> Conflict | None:
     return Conflict("clip_cov, kl_cov and ce_gppo are defined for surrogates.ratio and dual_clip")
 
 
+def _forks_without_an_estimator(chain: _Chain) -> Conflict | None:
+    if chain.strategy != "vine" or "prefix_value" in chain.objective.estimator.requires:
+        return None
+    return Conflict("the strategy Vine(...) has no effect: the estimator does not read prefix_value", refused=True)
+
+
+def _estimator_without_forks(chain: _Chain) -> Conflict | None:
+    if chain.estimator != "fr3e" or chain.strategy == "fr3e":
+        return None
+    return Conflict("fr3e without its strategy, Fr3e(...), has no state but the prompts")
+
+
 _RULES: Sequence[Callable[[_Chain], Conflict | None]] = (
     _two_of_a_kind,
     _two_regulators,
@@ -147,32 +160,37 @@ _RULES: Sequence[Callable[[_Chain], Conflict | None]] = (
     _unstandardised_band,
     _sequence_ratio,
     _penalty_on_another_ratio,
+    _forks_without_an_estimator,
+    _estimator_without_forks,
 )
 
 
-def find(objective: Objective) -> list[Conflict]:
-    """What in an objective does not go together.
+def find(objective: Objective, strategy: object | None = None) -> list[Conflict]:
+    """What in an objective does not go together, or not with the strategy of its rollouts.
 
     Args:
       objective: the method.
+      strategy: of the rollouts; None for independent responses.
     """
     estimator = objective.estimator.estimate.__module__.rpartition(".")[2]
-    chain = _Chain(parts(objective.mechanisms), estimator, objective)
+    forks = "" if strategy is None else type(strategy).__module__.rpartition(".")[2]
+    chain = _Chain(parts(objective.mechanisms), estimator, objective, forks)
     found = (rule(chain) for rule in _RULES)
     return [conflict for conflict in found if conflict is not None]
 
 
-def check(objective: Objective, where: str) -> None:
+def check(objective: Objective, where: str, strategy: object | None = None) -> None:
     """Raises for a refused combination, warns of the others.
 
     Args:
       objective: the method.
       where: what messages begin with.
+      strategy: see `find`.
 
     Raises:
       ValueError: a combination is refused; says why.
     """
-    for conflict in find(objective):
+    for conflict in find(objective, strategy):
         if conflict.refused:
             raise ValueError(f"{where}: {conflict.reason}")
         warnings.warn(f"{where}: {conflict.reason}", stacklevel=3)

@@ -116,7 +116,7 @@ def continued_rollouts(
     taken = (column >= states.prompt_length[:, None]) & (column < states.length[:, None])
     columns = grade(spec, samples.tokens, samples.response_mask | taken, fields)
     row_data = {
-        "truncated": samples.truncated,
+        "truncated": samples.truncated & is_valid,
         "is_valid": is_valid,
         "prefix_length": states.length - states.prompt_length,
     }

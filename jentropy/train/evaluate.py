@@ -31,43 +31,73 @@ def put_prompts(prompts: Prompts, mesh: Mesh) -> tuple[Array, Array, dict[str, A
 
 
 def _grade_texts(
-    task: Task, prompts: Prompts, prompt_of: np.ndarray, completions: list[str]
+    task: Task, prompts: Prompts, prompt_of: np.ndarray, completions: list[str], shown: np.ndarray
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Values and whether they were given, `[N]` each, by column of the text rewards; `prompt_of` `[N]` are indices."""
+    """Values and whether they were given, `[N]` each, by column of the text rewards.
+
+    `prompt_of` `[N]` are indices. Graders see the rows that are `shown` `[N]` bool; to the others they give nothing.
+    """
+    index = np.flatnonzero(shown)
+    prompt_of, completions = prompt_of[index], [completions[row] for row in index]
     in_prompt = np.arange(prompts.tokens.shape[1])[None, :] < prompts.length[:, None]
     decoded = task.tokenizer.decode_rows(prompts.tokens, in_prompt)
     texts = [decoded[index] for index in prompt_of]
     fields = {name: value[prompt_of].tolist() for name, value in prompts.fields.items()}
     graders = {i: reward for i, reward in enumerate(task.rewards) if isinstance(reward, TextReward)}
-    return {i: grade_text(reward, texts, completions, fields) for i, reward in graders.items()}
+    found = {i: (np.zeros(len(shown), np.float32), np.zeros(len(shown), bool)) for i in graders}
+    for i, reward in graders.items() if len(index) else ():
+        found[i][0][index], found[i][1][index] = grade_text(reward, texts, completions, fields)
+    return found
 
 
-def grade_on_host(task: Task, rollouts: Rollouts, prompts: Prompts) -> Rollouts:
+def _on_host(rollouts: Rollouts) -> tuple[np.ndarray, ...]:
+    """Tokens, the mask of the whole responses (as `forks.response_columns`), rewards, and which rows are valid."""
+    names = ("tokens", "loss_mask", "rewards", "fork")
+    arrays = [getattr(rollouts, name) for name in names] + [rollouts.row_data["is_valid"]]
+    tokens, mask, rewards, fork, real = jax.device_get(arrays)
+    if "prefix_length" in rollouts.row_data:
+        column, prefix = np.arange(tokens.shape[1])[None, :], jax.device_get(rollouts.row_data["prefix_length"])
+        mask = mask | ((column >= (fork - prefix)[:, None]) & (column < fork[:, None]))
+    return tokens, mask, rewards, real
+
+
+def grade_on_host(
+    task: Task, rollouts: Rollouts, prompts: Prompts, prompt_of: np.ndarray | None = None
+) -> Rollouts:  # fmt: skip
     """Fills in what the rollout program left to the host: columns of text rewards, answers of texts.
 
     A row is valid if at least one reward function of the task did not abstain; what columns there are besides, of
-    rewards that shape, does not count. In `greedy_reward` one that abstains counts as 0.
+    rewards that shape, does not count. In `greedy_reward` one that abstains counts as 0. Rows that are not valid to
+    begin with stay so, and graders are not shown what they hold.
+
+    Args:
+      task: its tokenizer and graders.
+      rollouts: B rows, whose whole responses are graded, a reused prefix included.
+      prompts: P prompts.
+      prompt_of: `[B]` the prompt of each row; None: of row b prompt b // (B / P).
     """
     graded = any(isinstance(reward, TextReward) for reward in task.rewards)
     extract = None if task.answer_id is not None or "answer_id" not in rollouts.row_data else task.final_answer
     if not graded and extract is None:
         return rollouts
-    tokens, mask, rewards = jax.device_get((rollouts.tokens, rollouts.loss_mask, rollouts.rewards))
+    tokens, mask, rewards, real = _on_host(rollouts)
     completions = task.tokenizer.decode_rows(tokens, mask)
     token_data, found = dict(rollouts.token_data), {}
     if extract is not None:
         found["answer_id"] = answer_ids([extract(completion) for completion in completions])
     if graded:
         num_rows, num_prompts = len(tokens), len(prompts.tokens)
-        rewards, valid = np.array(rewards), np.ones((num_rows, len(task.rewards)), bool)
-        prompt_of = np.repeat(np.arange(num_prompts), num_rows // num_prompts)
-        greedy = token_data.pop(GREEDY_TOKENS, None)
+        rewards, valid = np.array(rewards), np.repeat(real[:, None], len(task.rewards), axis=1)
+        if prompt_of is None:
+            prompt_of = np.repeat(np.arange(num_prompts), num_rows // num_prompts)
+        greedy, shown = token_data.pop(GREEDY_TOKENS, None), real
         if greedy is not None:
             greedy = jax.device_get(greedy)[:: num_rows // num_prompts]
+            shown = np.append(real, [True] * num_prompts)
             prompt_of = np.concatenate([prompt_of, np.arange(num_prompts)])
             completions = [*completions, *task.tokenizer.decode_rows(greedy, greedy >= 0)]
             found["greedy_reward"] = np.array(jax.device_get(rollouts.row_data["greedy_reward"]))
-        for i, (value, is_given) in _grade_texts(task, prompts, prompt_of, completions).items():
+        for i, (value, is_given) in _grade_texts(task, prompts, prompt_of, completions, shown).items():
             rewards[:, i], valid[:, i] = value[:num_rows], is_given[:num_rows]
             if greedy is not None:
                 weighted = np.float32(task.rewards[i].weight) * value[num_rows:]

@@ -13,7 +13,7 @@ from jentropy.rewards.shaping import mask_truncated
 from jentropy.rollout.dynamic import Judged, judge_groups, place_groups
 from jentropy.train.sharding import replicated, row_sharding
 
-METRICS = ("dynamic/", "overlong/")
+METRICS = ("dynamic/", "overlong/", "rollout/")
 """How the names of what they report begin."""
 
 _LAST_KEY = 2**32

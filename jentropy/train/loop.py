@@ -18,6 +18,7 @@ from jentropy.base import Metrics, Policy
 from jentropy.policy.transformer import transformer
 from jentropy.report.plots import run_plot
 from jentropy.rewards import workers
+from jentropy.rollout.strategy import PADDED
 from jentropy.train.allocator import keep_freed_memory
 from jentropy.train.checkpoint import Checkpoints
 from jentropy.train.compilations import num_compilations
@@ -242,7 +243,8 @@ class Run:
                 raise ValueError(f"step {pending.step}: {name.removeprefix('error/')}: {value:g}")
         now = time.perf_counter()
         seconds, self._written = now - max(pending.began, self._written), now
-        rows = stage.num_prompts * stage.num_generations * (1.0 - metrics.get("dynamic/padded_fraction", 0.0))
+        padded = metrics.get("dynamic/padded_fraction", metrics.get(PADDED, 0.0))
+        rows = stage.num_rows * (1.0 - padded)
         tokens = metrics.get("response_length/mean", 0.0) * rows
         self._writer.write(pending.step, {"stage": stage.name, **metrics})
         timing = {"seconds": seconds, "tokens": tokens, "compilations": num_compilations()}

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jentropy import head
 from jentropy.base import Array, Policy, Rollouts, State
+from jentropy.rollout.forks import Prefixes, continued_rollouts
 from jentropy.rollout.iid import ON_DEMAND, RolloutSpec, iid_rollouts
 from jentropy.samplers import compiled_part
 from jentropy.train.optimizer import AdamW, apply_optimizer
@@ -49,6 +50,39 @@ def _make_rollout(policy: Policy, spec: RolloutSpec, mesh: Mesh) -> Callable[...
         return constrain_rows(found, mesh)
 
     return rollout
+
+
+def make_growth(policy: Policy, spec: RolloutSpec, mesh: Mesh) -> Callable[..., Rollouts]:
+    """The jitted `(params, key, index, prefixes, owner, fields, first_row, decode_state) -> rollouts`.
+
+    Samples and grades continuations of S prefixes; see `forks.continued_rollouts`. `owner` `[S]` int32 is the prompt of
+    each, to which `fields` `[P]` belong. The randomness is that of `make_rollout`, of other rows.
+
+    Args:
+      policy: the model.
+      spec: what to sample; nothing is made on demand.
+      mesh: devices; prefixes are sharded over its rows.
+    """
+    spec = spec._replace(sampler=compiled_part(spec.sampler), required=frozenset(), answer_id=None)
+    return _make_growth(policy, spec, mesh)
+
+
+@functools.lru_cache
+def _make_growth(policy: Policy, spec: RolloutSpec, mesh: Mesh) -> Callable[..., Rollouts]:
+    @jax.jit
+    def growth(
+        params: Any, key: Array, index: Array, prefixes: Prefixes, owner: Array, fields: Mapping[str, Array],
+        first_row: Array, decode_state: State = (),
+    ) -> Rollouts:  # fmt: skip
+        fields = jax.tree.map(lambda x: x[owner], fields)
+        prefixes, fields = constrain_rows((prefixes, fields), mesh)
+        key = jax.random.fold_in(key, index)
+        found, _ = continued_rollouts(
+            policy, params, prefixes, fields, key, decode_state, spec=spec, first_row=first_row
+        )  # fmt: skip
+        return constrain_rows(found, mesh)
+
+    return growth
 
 
 @functools.lru_cache

@@ -187,7 +187,7 @@ def several(kept: Kept, stage: Reinforce, updates: int | None) -> StepSpec:
 
 def _measured(kept: Kept, method: Method, spec: StepSpec) -> float:
     """The entropy change on the tokens of the rollout that the method's real updates make, nats."""
-    train_step = make_train_step(spec, kept.stage.num_prompts, kept.mesh)
+    train_step = make_train_step(spec, kept.stage.num_groups, kept.mesh)
     rollouts = kept.placed()
     after, metrics = train_step(jax.tree.map(jnp.copy, method.state), rollouts)
     if divide(jax.device_get(metrics)).get(SKIPPED, 0.0) > 0:
