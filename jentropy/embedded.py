@@ -11,6 +11,7 @@ from typing import Any
 
 import fiddle as fdl
 
+from jentropy.advantages.fr3e import fr3e
 from jentropy.advantages.grpo import grpo
 from jentropy.base import Objective
 from jentropy.compose import chain
@@ -22,6 +23,7 @@ from jentropy.normalisers import token_mean
 from jentropy.policy.transformer import TransformerConfig
 from jentropy.rewards.shaping import overlong_reward
 from jentropy.rollout.dynamic import DynamicSampling
+from jentropy.rollout.fr3e import Fr3e
 from jentropy.surrogates import dual_clip, ratio
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
 from jentropy.train.optimizer import AdamW
@@ -165,6 +167,20 @@ def scaled_dapo(setting: Callable[..., fdl.Config], name: str) -> fdl.Config:
     for stage in config.stages[1:]:
         stage.dynamic_sampling, stage.shaping = copy.deepcopy((sampling, (shaping,)))
         stage.mask_truncated = True
+    return config
+
+
+def scaled_fr3e(setting: Callable[..., fdl.Config], name: str) -> fdl.Config:
+    """LAW or SHIFT with FR3E: 16 prompts, 8 rows from each, and from each of 2 anchors of the first response.
+
+    Args:
+      setting: `law` or `shift`.
+      name: of the run.
+    """
+    mechanisms = {"clip_range": fdl.Config(clip_range, epsilon_high=0.28)}
+    config = setting(name, mechanisms, estimator=fdl.Config(fr3e))
+    for stage in config.stages[1:]:
+        stage.num_prompts, stage.strategy = 16, fdl.Config(Fr3e, num_anchors=2)
     return config
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from jentropy import config as config_lib
 from jentropy import embedded
+from jentropy.base import Rollouts
 from jentropy.policy.transformer import transformer
 from jentropy.rollout.iid import RolloutSpec
 from jentropy.samplers import plain
@@ -75,6 +76,19 @@ def test_a_config_has_one_text_that_builds_the_same(path, tmp_path):
     assert specs(built) == specs(again)
 
 
+def grown(stage: Reinforce, num_tokens: int, rows: Rollouts) -> Rollouts:
+    """The shapes of what the stage's strategy makes of the shapes of first responses."""
+    rows = jax.tree.map(lambda x: x.update(shape=(stage.num_rows, *x.shape[1:])), rows)
+    row = jax.ShapeDtypeStruct((stage.num_rows,), np.int32)
+    values = row.update(shape=(stage.num_rows, num_tokens + 1), dtype=np.float32)
+    known = {
+        "prefix_length": row, "exit_order": row, "step_id": row.update(shape=rows.tokens.shape),
+        "prefix_value": values, "prefix_known": values.update(dtype=np.bool_),
+    }  # fmt: skip
+    provides = () if stage.strategy is None else stage.strategy.provides
+    return rows.replace(row_data={**rows.row_data, **{name: known[name] for name in provides}})
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_shapes_fit_from_prompts_to_the_next_state(path):
     built, mesh = experiment(path.stem), make_mesh(MeshShape())
@@ -94,8 +108,9 @@ def test_shapes_fit_from_prompts_to_the_next_state(path):
         rollout = make_rollout(policy, sampler, mesh)
         batch = prompts, column, fields, state.decode_state
         rows, _ = jax.eval_shape(rollout, state.params, key, column.update(shape=()), *batch)
-        assert rows.tokens.shape == (256, 14)
-        after, metrics = jax.eval_shape(make_train_step(spec, stage.num_prompts, mesh), state, rows)
+        assert rows.tokens.shape == (256, 14) or stage.strategy is not None
+        rows = grown(stage, task.max_new_tokens, rows)
+        after, metrics = jax.eval_shape(make_train_step(spec, stage.num_groups, mesh), state, rows)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
         assert all(total.shape == count.shape == () for total, count in metrics.values())
 
