@@ -49,7 +49,7 @@ def summary_text(runs: dict[str, list[dict]]) -> str:
         "entropy before the shift: nats per token, mean of the last 10 rollouts of 256 responses each;",
         "steps to reward .9: rollouts after the shift, evaluated every 10 on 128 held-out prompts x 8 samples;",
         f"the last three: {final['val/num_prompts']} held-out prompts x 8 samples at temperature 1. One seed each:",
-        "experiments/results/shift.md has the same comparison over several seeds and warm starts, with intervals.",
+        "experiments/results/ablation.md has the same comparison over several seeds and warm starts, with intervals.",
         "",
         *_law_text(runs["law_grpo"]),
     ])  # fmt: skip

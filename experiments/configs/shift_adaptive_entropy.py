@@ -1,7 +1,7 @@
 """SHIFT with an adaptive entropy coefficient: a controller holds the entropy at a target.
 
 Skywork-OR1's controller (2505.22312) after GRPO's clip range. Its target is .2 nats; here it is .3, somewhat
-above the .24 that a fixed bonus of .03 holds (experiments/results/shift.md).
+above the .25 that a fixed bonus of .03 holds (experiments/results/ablation.md).
 A run has some hundred rollouts instead of thousands, at several hundred times the learning rate: the step is 5e-3
 instead of 1e-4 and the maximum 5e-2 instead of 5e-3, beyond which the coefficient winds up against the reward.
 

@@ -6,7 +6,7 @@ the some 500 tokens of an update, and its band of covariances, (1, 5), misses th
 
 Command:  jentropy train experiments/configs/shift_clip_cov.py --out runs/shift_clip_cov
 Hardware: two CPU cores. Cost: about two minutes; all shift_* configs share one warm start.
-Expected: entropy .26 nats before the shift, reward .9 ten rollouts after it (experiments/results/shift.md).
+Expected: entropy .26 nats before the shift, reward .9 twenty rollouts after it (experiments/results/ablation.md).
 """
 
 import fiddle as fdl

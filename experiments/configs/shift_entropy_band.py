@@ -1,7 +1,7 @@
 """SHIFT with a guard on the entropy: a band of its own, and nothing done while the entropy is inside.
 
 The controller of Skywork-OR1 (2505.22312) made into a guard with two sides, after GRPO's clip range. The band is .2 to
-.8 nats: its floor is somewhat below the .24 that a fixed bonus of .03 holds (experiments/results/shift.md).
+.8 nats: its floor is somewhat below the .25 that a fixed bonus of .03 holds (experiments/results/ablation.md).
 A run has some hundred rollouts instead of thousands, at several hundred times the learning rate: the step is 5e-3
 instead of 1e-4 and the bound 5e-2 instead of 5e-3, as for adaptive_entropy.
 

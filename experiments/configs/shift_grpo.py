@@ -6,7 +6,7 @@ That collapsed entropy costs later learning is the claim of 2505.22617 (section 
 
 Command:  jentropy train experiments/configs/shift_grpo.py --out runs/shift_grpo
 Hardware: two CPU cores. Cost: about two minutes; all shift_* configs share one warm start.
-Expected: entropy .01 nats before the shift, reward .9 sixty rollouts after it (experiments/results/shift.md).
+Expected: entropy .02 nats before the shift, reward .9 forty rollouts after it (experiments/results/ablation.md).
 """
 
 import fiddle as fdl
