@@ -39,6 +39,28 @@ def test_every_method_of_the_table_exists():
     assert [file for file in files if not (ROOT / "jentropy" / file).exists()] == []
 
 
+def rows_of_shift() -> dict[str, list[str]]:
+    """The rows of means in the ablation's sections of SHIFT, by config file; their first two figures are means."""
+    text, found = (ROOT / "experiments" / "results" / "ablation.md").read_text(encoding="utf-8"), {}
+    for section in re.split(r"^## ", text, flags=re.MULTILINE):
+        lines = [line.strip(" |") for line in section.splitlines() if line.startswith("|")]
+        rows = [[cell.strip() for cell in line.split("|")] for line in lines] if section.startswith("SHIFT") else []
+        configs = {row[0]: row[1].strip("`") for row in rows if row[1].endswith(".py`")}
+        for row in rows:
+            if row[0] in configs and row[1].isdigit():
+                found.setdefault(configs[row[0]], row[3:])
+    return found
+
+
+def test_figures_of_the_methods_are_those_of_the_ablation():
+    text, measured = (ROOT / "README.md").read_text(encoding="utf-8"), rows_of_shift()
+    cells = re.findall(r"\[config\]\(experiments/configs/(shift_\w+\.py)\)(?:: ([\d.]+), ([\d.]+))? \|", text)
+    assert len(cells) >= 30 and len(measured) >= 15
+    for config, *figures in cells:
+        wanted = [cell.split(" ")[0] for cell in measured.get(config, ["", ""])[:2]]
+        assert [float(x) for x in figures if x] == [float(x) for x in wanted if x], config
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_paths_lead_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
