@@ -56,9 +56,9 @@ def test_figures_of_the_methods_are_those_of_the_ablation():
     text, measured = (ROOT / "README.md").read_text(encoding="utf-8"), rows_of_shift()
     cells = re.findall(r"\[config\]\(experiments/configs/(shift_\w+\.py)\)(?:: ([\d.]+), ([\d.]+))? \|", text)
     assert len(cells) >= 30 and len(measured) >= 15
-    for config, *figures in cells:
-        wanted = [cell.split(" ")[0] for cell in measured.get(config, ["", ""])[:2]]
-        assert [float(x) for x in figures if x] == [float(x) for x in wanted if x], config
+    for name, *figures in cells:
+        wanted = [cell.split(" ")[0] for cell in measured.get(name, ["", ""])[:2]]
+        assert [float(x) for x in figures if x] == [float(x) for x in wanted if x], name
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
