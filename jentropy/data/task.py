@@ -10,6 +10,7 @@ import numpy as np
 from jentropy import base
 from jentropy.data import chain_sum, jsonl, jsonl_arrays
 from jentropy.data.source import DemonstrationSource, MixtureSource
+from jentropy.data.steps import AfterText, EveryToken, StepBoundary
 from jentropy.data.tokenizer import Tokenizer, char_tokenizer, file_tokenizer
 from jentropy.rewards import answers
 from jentropy.rewards import chain_sum as chain_sum_rewards
@@ -35,6 +36,7 @@ class Task:
       sources: (file name, sha256) of the files that the data were made of, if there are any.
       answer_id: on the device, which responses give the same answer: see `rewards.answers.AnswerId`.
       final_answer: the same on the host, if there is no `answer_id`: the answer of a completion, empty for none.
+      step_boundary: where the steps of a response begin, for methods that value them; None if there are no steps.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Task:
     sources: tuple[tuple[str, str], ...] = ()
     answer_id: AnswerId | None = None
     final_answer: Callable[[str], str] | None = None
+    step_boundary: StepBoundary | None = None
 
     @property
     def has_answers(self) -> bool:
@@ -139,6 +142,7 @@ def chain_sum_task(*, data_dir: str | os.PathLike | None = None, reward: str = "
         split_arrays=chain_sum.split_arrays,
         data_dir=None if data_dir is None else os.fspath(data_dir),
         answer_id=answers.chain_sum_id,
+        step_boundary=EveryToken(chain_sum.TOKENIZER.eos_id),
     )
 
 
@@ -196,4 +200,5 @@ def jsonl_task(
         data_dir=data_dir,
         sources=data.sources,
         final_answer=answers.final_answer,
+        step_boundary=AfterText(tokenizer),
     )
