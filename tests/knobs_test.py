@@ -15,6 +15,7 @@ import jentropy
 TEXT = (Path(__file__).parent.parent / "KNOBS.md").read_text(encoding="utf-8")
 PLACES = ("advantages", "mechanisms", "rewards", "surrogates", "normalisers", "samplers", "compose", "aliases")
 PLACES += ("evaluation", "head", "base", "rollout.dynamic", "train.experiment")
+PLACES += ("train.second_models", "preference")
 
 
 def public():
