@@ -32,9 +32,9 @@ def check(runs, name, trial, number, **settings):
     assert len(figures) == number and not any(map(math.isnan, figures)), figures
 
 
-@pytest.mark.parametrize(("torn", "number"), [(False, 3), (True, 2)])
+@pytest.mark.parametrize(("torn", "number"), [(False, 2), (True, 1)])
 def test_a_killed_run_resumes_to_the_same_bytes(runs, torn, number):
-    """Ten kills and ten resumes: each run is killed twice."""
+    """Six kills and six resumes: each run is killed twice."""
     check(runs, f"kill-{torn}", faults.killed, number, kills=2, torn=torn)
 
 
@@ -45,8 +45,8 @@ def test_a_signal_commits_a_checkpoint(runs):
 
 
 def test_of_two_starts_one_survives(runs):
-    figures = faults.doubles(runs, 3, seed=1)
-    assert figures == [0.0, 0.0, 0.0]
+    figures = faults.doubles(runs, 2, seed=1)
+    assert figures == [0.0, 0.0]
 
 
 def test_files_that_cannot_grow(runs):
