@@ -13,18 +13,20 @@ import fiddle as fdl
 
 from jentropy.advantages.fr3e import fr3e
 from jentropy.advantages.grpo import grpo
+from jentropy.advantages.s_grpo import s_grpo
 from jentropy.advantages.vine import vine
 from jentropy.base import Objective
 from jentropy.compose import chain
-from jentropy.data.task import chain_sum_task, easy_mixture
+from jentropy.data.task import chain_sum_exits_task, chain_sum_task, easy_mixture
 from jentropy.mechanisms.clip_cov import clip_cov
 from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
-from jentropy.normalisers import token_mean
+from jentropy.normalisers import sequence_mean_token_mean, token_mean
 from jentropy.policy.transformer import TransformerConfig
 from jentropy.rewards.shaping import overlong_reward
 from jentropy.rollout.dynamic import DynamicSampling
 from jentropy.rollout.fr3e import Fr3e
+from jentropy.rollout.s_grpo import SerialExits
 from jentropy.rollout.vine import Vine
 from jentropy.surrogates import dual_clip, ratio
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
@@ -196,6 +198,19 @@ def scaled_vine(setting: Callable[..., fdl.Config], name: str) -> fdl.Config:
     config = setting(name, estimator=fdl.Config(vine))
     for stage in config.stages[1:]:
         stage.strategy = fdl.Config(Vine, num_rollouts=4)
+    return config
+
+
+def scaled_s_grpo(name: str) -> fdl.Config:
+    """LAW with S-GRPO on chained addition with exits: 64 prompts, three exits and the full response of each.
+
+    Args:
+      name: of the run.
+    """
+    config = law(name, estimator=fdl.Config(s_grpo), normaliser=sequence_mean_token_mean)
+    config.task = fdl.Config(chain_sum_exits_task)
+    stage = config.stages[1]
+    stage.num_prompts, stage.num_generations, stage.strategy = 64, 4, fdl.Config(SerialExits)
     return config
 
 

@@ -11,6 +11,7 @@ from jentropy import base
 from jentropy.data import chain_sum, jsonl, jsonl_arrays
 from jentropy.data.source import DemonstrationSource, MixtureSource
 from jentropy.data.steps import AfterText, EveryToken, StepBoundary
+from jentropy.data.thoughts import BeforeMarker, Thought
 from jentropy.data.tokenizer import Tokenizer, char_tokenizer, file_tokenizer
 from jentropy.rewards import answers
 from jentropy.rewards import chain_sum as chain_sum_rewards
@@ -36,6 +37,8 @@ class Task:
       sources: (file name, sha256) of the files that the data were made of, if there are any.
       answer_id: on the device, which responses give the same answer: see `rewards.answers.AnswerId`.
       final_answer: the same on the host, if there is no `answer_id`: the answer of a completion, empty for none.
+      thought: which tokens of a response are its thought, for methods that stop it; None if there is none.
+      exit_inducer: token ids that are put behind a thought to ask for the answer at once; () for none.
       step_boundary: where the steps of a response begin, for methods that value them; None if there are no steps.
     """
 
@@ -52,6 +55,8 @@ class Task:
     answer_id: AnswerId | None = None
     final_answer: Callable[[str], str] | None = None
     step_boundary: StepBoundary | None = None
+    thought: Thought | None = None
+    exit_inducer: tuple[int, ...] = ()
 
     @property
     def has_answers(self) -> bool:
@@ -143,6 +148,27 @@ def chain_sum_task(*, data_dir: str | os.PathLike | None = None, reward: str = "
         data_dir=None if data_dir is None else os.fspath(data_dir),
         answer_id=answers.chain_sum_id,
         step_boundary=EveryToken(chain_sum.TOKENIZER.eos_id),
+    )
+
+
+def chain_sum_exits_task(*, data_dir: str | os.PathLike | None = None, reward: str = "device") -> Task:
+    """Chained addition with thoughts that go on for too long, then an exit token and the answer.
+
+    Args:
+      data_dir: as of `chain_sum_task`; the prompts are the same.
+      reward: "device" or "text", the correct answer behind an exit.
+    """
+    graders = {"device": chain_sum_rewards.EXIT_DEVICE_REWARD, "text": chain_sum_rewards.EXIT_TEXT_REWARD}
+    base.require(reward in graders, "reward", reward, f"one of {list(graders)}")
+    return dataclasses.replace(
+        chain_sum_task(data_dir=data_dir),
+        name="chain_sum_exits",
+        tokenizer=chain_sum.EXIT_TOKENIZER,
+        max_new_tokens=chain_sum.EXIT_RESPONSE_LENGTH,
+        rewards=(graders[reward],),
+        split_arrays=chain_sum.exit_split_arrays,
+        thought=BeforeMarker((chain_sum.EXIT,)),
+        exit_inducer=(chain_sum.EXIT,),
     )
 
 

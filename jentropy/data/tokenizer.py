@@ -128,6 +128,9 @@ class CharTokenizer:
 CHAIN_SUM = CharTokenizer(alphabet="0123456789_=DSP|", pad="_", eos="|")
 """Chained addition: the prompt of 1 + 2 is `12____=`, its responses are `D3|` and `S3|`."""
 
+CHAIN_SUM_EXITS = CharTokenizer(alphabet="0123456789_=DSX|", pad="_", eos="|")
+"""The same with exits, `X`, behind which the answer stands: `S33X3|`."""
+
 
 def char_tokenizer(texts: Iterable[str]) -> CharTokenizer:
     """The characters of `texts`, sorted, after padding and end of sequence; these two are not shown in decoded text.

@@ -17,10 +17,11 @@ import chex
 import jax.numpy as jnp
 
 from jentropy.base import Array
-from jentropy.data.tokenizer import CHAIN_SUM
+from jentropy.data.tokenizer import CHAIN_SUM, CHAIN_SUM_EXITS
 from jentropy.rewards.base import DeviceReward, TextReward
 
 _STEPS = int(CHAIN_SUM.encode("S")[0])
+_EXIT = int(CHAIN_SUM_EXITS.encode("X")[0])
 _LONGEST = 7  # tokens of the longest legal chain, that of six digits
 
 
@@ -52,6 +53,23 @@ def correct_text(prompts: list[str], completions: list[str], *, answer: list[int
     return [
         float(end >= 2 and completion[end - 1] == str(right))
         for completion, end, right in zip(completions, ends, answer)
+    ]
+
+
+def exit_tokens(tokens: Array, response_mask: Array, fields: Mapping[str, Array]) -> Array:
+    """`correct_tokens` where the exit token stands before the answer, else 0: see `data/chain_sum.py`."""
+    end = jnp.argmax(response_mask & (tokens == CHAIN_SUM.eos_id), axis=1)
+    before = jnp.maximum(end - 2, 0)[:, None]
+    token, inside = (jnp.take_along_axis(x, before, axis=1)[:, 0] for x in (tokens, response_mask))
+    return jnp.where((token == _EXIT) & inside, correct_tokens(tokens, response_mask, fields), 0.0)
+
+
+def exit_text(prompts: list[str], completions: list[str], *, answer: list[int], **fields: list) -> list[float]:
+    """The same of texts, in which `X` is the exit token."""
+    ends = [completion.find(CHAIN_SUM.eos) for completion in completions]
+    correct = correct_text(prompts, completions, answer=answer, **fields)
+    return [
+        value * (end >= 2 and completion[end - 2] == "X") for value, end, completion in zip(correct, ends, completions)
     ]
 
 
@@ -101,5 +119,7 @@ def _steps(digits: str) -> str:
 
 DEVICE_REWARD = DeviceReward("chain_sum", correct_tokens)
 TEXT_REWARD = TextReward("chain_sum", correct_text)
+EXIT_DEVICE_REWARD = DeviceReward("chain_sum", exit_tokens)
+EXIT_TEXT_REWARD = TextReward("chain_sum", exit_text)
 LEGAL_DEVICE_REWARD = DeviceReward("legal_chain", legal_chain_tokens)
 LEGAL_TEXT_REWARD = TextReward("legal_chain", legal_chain_text)

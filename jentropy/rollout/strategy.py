@@ -33,6 +33,7 @@ class Tools(NamedTuple):
       put: arrays by rows from the host onto the devices.
       key, index: the randomness of a rollout is `fold_in(key, index)`, that of a row `fold_in(_, row_id)`.
       weights: `[R]`, of the reward columns in the estimator's total reward.
+      num_generations: rows of a group.
     """
 
     grow: Callable[[Prefixes, np.ndarray, int], Rollouts]
@@ -42,6 +43,7 @@ class Tools(NamedTuple):
     key: Array
     index: Array
     weights: np.ndarray
+    num_generations: int
 
 
 class Strategy(Protocol):

@@ -59,6 +59,7 @@ class Forker:
         key: Array, weights: np.ndarray,
     ) -> None:  # fmt: skip
         self._strategy, self._task, self._mesh, self._key, self._weights = strategy, task, mesh, key, weights
+        self._num_generations = num_generations
         self._size = strategy.num_continuations(num_generations)
         self._growth = make_growth(policy, spec._replace(num_generations=self._size), mesh)
         self._score = _make_score(policy, spec.temperature, mesh)
@@ -92,5 +93,5 @@ class Forker:
             return grade_on_host(self._task, rows, prompts, np.repeat(owner, self._size))
 
         score = functools.partial(self._score, params)
-        tools = Tools(grow, self._run, score, self._put, self._key, index, self._weights)
+        tools = Tools(grow, self._run, score, self._put, self._key, index, self._weights, self._num_generations)
         return self._strategy(roots, entropy, prompts, self._task, tools)

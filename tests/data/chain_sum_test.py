@@ -155,3 +155,20 @@ def test_default_folder_follows_the_environment(monkeypatch):
     assert storage.default_data_dir() == pathlib.Path("/some/where")
     monkeypatch.delenv("JENTROPY_DATA")
     assert storage.default_data_dir() == pathlib.Path.home() / ".cache/jentropy/data"
+
+
+def test_responses_with_exits_go_on_after_the_result_and_can_be_stopped_anywhere():
+    digits = chain_sum.prompt_digits(4)[:4000]
+    found = chain_sum.demonstrate_exits(digits, np.random.default_rng(0))
+    early = right = 0
+    for prompt, response, length in zip(digits, found["response"], found["response_length"]):
+        text = chain_sum.EXIT_TOKENIZER.decode(response)
+        assert text.index("|") == length - 1 and set(text[length:]) <= {"_"}
+        thought, answer = text[: length - 1].split("X")
+        reached = [str(prompt[0]), *thought[1:]]
+        assert thought[0] == "S" and answer == reached[-1] and len(thought) <= 10
+        assert len(set(reached[3:])) <= 1, "behind the result it is repeated"
+        early += len(thought) < 6
+        right += len(thought) >= 4 and answer == str(prompt.sum() % 10)
+    assert 0.1 < early / 4000 < 0.25 and 0.4 < right / 4000 < 0.65
+    assert (found["strategy"] == 1).all() and found["response"].shape == (4000, chain_sum.EXIT_RESPONSE_LENGTH)

@@ -69,7 +69,8 @@ class Sampler:
 
     def tools(self):
         refused = None
-        return Tools(self, refused, refused, lambda arrays: arrays, refused, refused, np.array([2.0, 0.5], np.float32))
+        weights = np.array([2.0, 0.5], np.float32)
+        return Tools(self, refused, refused, lambda arrays: arrays, refused, refused, weights, SIZE)
 
 
 def task():
