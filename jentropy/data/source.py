@@ -12,7 +12,7 @@ import numpy as np
 
 from jentropy import base
 
-_PROMPTS, _FIXED, _DEMONSTRATIONS = range(3)  # independent streams of one seed
+_PROMPTS, _FIXED, _DEMONSTRATIONS, PREFERENCES = range(4)  # independent streams of one seed
 
 
 class Prompts(NamedTuple):
@@ -179,12 +179,12 @@ class DemonstrationSource:
         tokens = np.concatenate([rows["prompt"], rows["response"]], axis=1)
         weight = np.concatenate([np.zeros(rows["prompt"].shape, np.float32), weight], axis=1)
         if "prompt_length" in rows:
-            order = _close_gap(rows["prompt_length"], rows["prompt"].shape[1], tokens.shape[1])
+            order = close_gap(rows["prompt_length"], rows["prompt"].shape[1], tokens.shape[1])
             tokens, weight = (np.take_along_axis(array, order, axis=1) for array in (tokens, weight))
         return Demonstrations(tokens=tokens, weight=weight)
 
 
-def _close_gap(length: np.ndarray, prompt_columns: int, num_columns: int) -> np.ndarray:
+def close_gap(length: np.ndarray, prompt_columns: int, num_columns: int) -> np.ndarray:
     """The columns `[B, num_columns]` of rows in which the response follows the prompt and the prompt's padding ends."""
     column, end = np.arange(num_columns)[None, :], length[:, None]
     response_columns = num_columns - prompt_columns

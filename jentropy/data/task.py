@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jentropy import base
-from jentropy.data import chain_sum, jsonl, jsonl_arrays
+from jentropy.data import chain_sum, chain_sum_pairs, jsonl, jsonl_arrays
+from jentropy.data.preferences import PreferenceSource
 from jentropy.data.source import DemonstrationSource, MixtureSource
 from jentropy.data.steps import AfterText, EveryToken, StepBoundary
 from jentropy.data.thoughts import BeforeMarker, Thought
@@ -39,6 +40,8 @@ class Task:
       final_answer: the same on the host, if there is no `answer_id`: the answer of a completion, empty for none.
       thought: which tokens of a response are its thought, for methods that stop it; None if there is none.
       exit_inducer: token ids that are put behind a thought to ask for the answer at once; () for none.
+      pair_splits: what mixtures of pairs of responses weigh: the splits of each are named `train_<value>`.
+      pair_arrays: `(split, data_dir) -> {feature: [N, ...]}`, see `PreferenceSource`; None if there are no pairs.
       step_boundary: where the steps of a response begin, for methods that value them; None if there are no steps.
     """
 
@@ -57,6 +60,8 @@ class Task:
     step_boundary: StepBoundary | None = None
     thought: Thought | None = None
     exit_inducer: tuple[int, ...] = ()
+    pair_splits: tuple[int | str, ...] = ()
+    pair_arrays: Callable[[str, str | None], dict[str, np.ndarray]] | None = None
 
     @property
     def has_answers(self) -> bool:
@@ -89,6 +94,21 @@ class Task:
           strategy_prior: probability of the step-by-step strategy that the warm start shall learn.
         """
         return DemonstrationSource(self._splits("demonstrations", "train"), weights, strategy_prior=strategy_prior)
+
+    def preferences(self, weights: Mapping) -> PreferenceSource:
+        """Pairs of responses to prompts of the "train" splits, `prompt_columns + max_new_tokens` columns.
+
+        Args:
+          weights: unnormalised probability by name in `pair_splits`.
+
+        Raises:
+          ValueError: the task has no pairs, bad weights, or a prompt or response that does not fit.
+        """
+        if self.pair_arrays is None:
+            raise ValueError(f"task {self.name!r} has no pairs of responses to learn preferences from")
+        splits = {name: self.pair_arrays(f"train_{name}", self.data_dir) for name in self.pair_splits}
+        fitted = {name: arrays | {"prompt": self._fit(arrays["prompt"])} for name, arrays in splits.items()}
+        return PreferenceSource(fitted, weights)
 
     def _splits(self, config: str, prefix: str) -> dict[int | str, dict[str, np.ndarray]]:
         splits = {}
@@ -148,6 +168,8 @@ def chain_sum_task(*, data_dir: str | os.PathLike | None = None, reward: str = "
         data_dir=None if data_dir is None else os.fspath(data_dir),
         answer_id=answers.chain_sum_id,
         step_boundary=EveryToken(chain_sum.TOKENIZER.eos_id),
+        pair_splits=chain_sum.NUM_DIGITS,
+        pair_arrays=chain_sum_pairs.split_arrays,
     )
 
 
@@ -169,6 +191,8 @@ def chain_sum_exits_task(*, data_dir: str | os.PathLike | None = None, reward: s
         split_arrays=chain_sum.exit_split_arrays,
         thought=BeforeMarker((chain_sum.EXIT,)),
         exit_inducer=(chain_sum.EXIT,),
+        pair_splits=(),
+        pair_arrays=None,
     )
 
 
