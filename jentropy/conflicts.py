@@ -136,10 +136,10 @@ def _penalty_on_another_ratio(chain: _Chain) -> Conflict | None:
     return Conflict("clip_cov, kl_cov and ce_gppo are defined for surrogates.ratio and dual_clip")
 
 
-def _forks_without_an_estimator(chain: _Chain) -> Conflict | None:
+def _values_without_a_reader(chain: _Chain) -> Conflict | None:
     if chain.strategy != "vine" or "prefix_value" in chain.objective.estimator.requires:
         return None
-    return Conflict("the strategy Vine(...) has no effect: the estimator does not read prefix_value", refused=True)
+    return Conflict("the strategy Vine(...) samples for nothing: the estimator does not read prefix_value")
 
 
 def _estimator_without_forks(chain: _Chain) -> Conflict | None:
@@ -160,7 +160,7 @@ _RULES: Sequence[Callable[[_Chain], Conflict | None]] = (
     _unstandardised_band,
     _sequence_ratio,
     _penalty_on_another_ratio,
-    _forks_without_an_estimator,
+    _values_without_a_reader,
     _estimator_without_forks,
 )
 

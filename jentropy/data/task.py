@@ -199,7 +199,7 @@ def chain_sum_exits_task(*, data_dir: str | os.PathLike | None = None, reward: s
 def jsonl_task(
     *, path: str, rewards: Sequence[str | Callable | Reward] | str | Callable | Reward, max_new_tokens: int,
     tokenizer: str | Tokenizer | None = None, prompt_columns: int | None = None, heldout_fraction: float = 0.1,
-    data_dir: str | None = None,
+    data_dir: str | None = None, thought_end: str | None = None, exit_inducer: str | None = None,
 ) -> Task:  # fmt: skip
     """A task from a user's own prompts and graders; see `data/jsonl.py`. Mixtures weigh the stems of the files.
 
@@ -214,6 +214,10 @@ def jsonl_task(
         of 8.
       heldout_fraction: share of held-out prompts, in (0, 1).
       data_dir: folder of all datasets; None for `storage.default_data_dir()`.
+      thought_end: the text that ends a thought, such as "</think>", for methods that stop it; None: there is none. Its
+        tokens by themselves must be those that the policy writes.
+      exit_inducer: the text that is put behind a thought to ask for the answer at once, `thought_end` included, such as
+        "Time is limited, stop thinking and start answering.\\n</think>\\n\\n".
 
     Raises:
       CorruptDataError: the prepared dataset is not what was written.
@@ -223,6 +227,8 @@ def jsonl_task(
     """
     base.require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
     base.require(prompt_columns is None or prompt_columns >= 1, "prompt_columns", prompt_columns, "at least 1")
+    both = bool(thought_end) == bool(exit_inducer)
+    base.require(both, "exit_inducer", exit_inducer, f"given if and only if thought_end is, which is {thought_end!r}")
     listed = rewards if isinstance(rewards, list | tuple) else (rewards,)
     base.require(len(listed) > 0, "rewards", rewards, "at least one")
     graders = tuple(
@@ -231,7 +237,7 @@ def jsonl_task(
     )
     data = jsonl.prepare(path, heldout_fraction=heldout_fraction, data_dir=data_dir)
     if tokenizer is None:
-        tokenizer = char_tokenizer(jsonl_arrays.texts(data))
+        tokenizer = char_tokenizer([*jsonl_arrays.texts(data), thought_end or "", exit_inducer or ""])
     elif isinstance(tokenizer, str | os.PathLike):
         tokenizer = file_tokenizer(tokenizer)
     longest = jsonl_arrays.longest_prompt(data, tokenizer)
@@ -251,4 +257,10 @@ def jsonl_task(
         sources=data.sources,
         final_answer=answers.final_answer,
         step_boundary=AfterText(tokenizer),
+        thought=BeforeMarker(_ids(tokenizer, thought_end)) if thought_end else None,
+        exit_inducer=_ids(tokenizer, exit_inducer or ""),
     )
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(int(token) for token in tokenizer.encode(text)) if text else ()

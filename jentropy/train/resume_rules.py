@@ -57,13 +57,14 @@ _RULES: dict[tuple[Rule, str], str] = {
     """,
     (Rule.WITH_FLAG, "the same up to rounding"): """
         mesh.data mesh.fsdp mesh.tensor policy.remat policy.scan_unroll policy.dtype reinforce.num_microbatches
-        reinforce.ledger reinforce.ledger.*
+        reinforce.ledger reinforce.ledger.* prefer.num_microbatches
     """,
     (Rule.WITH_FLAG, "other rollouts"): """
         reinforce.mixture reinforce.mixture.* reinforce.num_prompts reinforce.num_generations
         reinforce.dynamic_sampling reinforce.dynamic_sampling.* reinforce.strategy reinforce.strategy.*
-        reinforce.objective.temperature task.max_new_tokens task.prompt_columns
+        reinforce.objective.temperature task.max_new_tokens task.prompt_columns task.thought_end task.exit_inducer
     """,
+    (Rule.WITH_FLAG, "other pairs"): "prefer.mixture prefer.mixture.* prefer.batch_size",
     (Rule.WITH_FLAG, "other rewards"): """
         task.reward task.rewards task.rewards.** reinforce.shaping reinforce.shaping.**
     """,
@@ -74,16 +75,20 @@ _RULES: dict[tuple[Rule, str], str] = {
         reinforce.optimizer.b1 reinforce.optimizer.b2 reinforce.optimizer.epsilon reinforce.optimizer.weight_decay
         reinforce.optimizer.clip_norm reinforce.optimizer.warmup_steps reinforce.optimizer.decay_steps
         reinforce.optimizer.final_fraction
+        prefer.optimizer.b1 prefer.optimizer.b2 prefer.optimizer.epsilon prefer.optimizer.weight_decay
+        prefer.optimizer.clip_norm prefer.optimizer.warmup_steps prefer.optimizer.decay_steps
+        prefer.optimizer.final_fraction
     """,
-    (Rule.WITH_FLAG, "a longer, shorter or renamed stage"): "reinforce.steps reinforce.name",
+    (Rule.WITH_FLAG, "a longer, shorter or renamed stage"): "reinforce.steps reinforce.name prefer.steps prefer.name",
     (Rule.REFUSED, "the checkpoint holds the old value and would bring it back"): """
         reinforce.optimizer.learning_rate
         reinforce.objective.estimator reinforce.objective.estimator.**
         reinforce.objective.mechanisms reinforce.objective.mechanisms.** reinforce.sampler reinforce.sampler.**
-        reinforce.learners reinforce.learners.**
+        reinforce.learners reinforce.learners.** prefer.optimizer.learning_rate prefer.loss prefer.loss.**
     """,
     (Rule.REFUSED, "the checkpoint's state has another structure"): """
         . reinforce supervised reinforce.objective reinforce.optimizer reinforce.reference evaluation mesh
+        prefer prefer.optimizer
     """,
     (Rule.REFUSED, "another model"): """
         policy policy.vocab_size policy.width policy.num_layers policy.num_heads policy.num_kv_heads policy.head_size
@@ -96,7 +101,7 @@ _RULES: dict[tuple[Rule, str], str] = {
     """,
     (Rule.REFUSED, "the parameters are what that stage left"): "supervised.**",
 }
-"""Patterns of paths by rule and reason: `*` is one name, `**` one or more; a stage is `reinforce` or `supervised`."""
+"""Patterns of paths by rule and reason: `*` is one name, `**` one or more; a stage is named by its kind."""
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -118,7 +123,7 @@ def classify(path: str, kinds: Mapping[str, str]) -> tuple[Rule, str] | None:
 
     Args:
       path: as `config.flatten` prints it.
-      kinds: "reinforce" or "supervised" by the path of each stage, such as `stages.0`; see `stage_kinds`.
+      kinds: "reinforce", "supervised" or "prefer" by the path of each stage, such as `stages.0`; see `stage_kinds`.
     """
     match = re.match(r"stages\.\d+", path)
     if match is not None:
@@ -127,9 +132,10 @@ def classify(path: str, kinds: Mapping[str, str]) -> tuple[Rule, str] | None:
 
 
 def stage_kinds(lines: Mapping[str, str]) -> dict[str, str]:
-    """Of each stage in a config's `{path: value}` whether it is of reinforcement or supervised learning."""
+    """Of each stage in a config's `{path: value}` of which kind of learning it is."""
     names = {"jentropy.train.experiment.Reinforce(...)": "reinforce"}
     names |= {"jentropy.train.experiment.Supervised(...)": "supervised"}
+    names |= {"jentropy.train.preference_stage.Prefer(...)": "prefer"}
     return {path: names[value] for path, value in lines.items() if path.startswith("stages.") and value in names}
 
 

@@ -1,10 +1,14 @@
 """Which tokens are a thought, by hand."""
 
+import functools
+
 import numpy as np
 import pytest
 
-from jentropy.data.task import chain_sum_exits_task, chain_sum_task
+from jentropy.data.task import chain_sum_exits_task, chain_sum_task, jsonl_task
 from jentropy.data.thoughts import BeforeMarker
+from jentropy.rewards.base import DeviceReward
+from jentropy.rewards.chain_sum import exit_tokens
 
 
 def test_the_thought_ends_before_the_first_marker_of_the_response():
@@ -42,3 +46,20 @@ def test_an_answer_counts_behind_the_exit_alone():
     found = np.asarray(task.rewards[0].function(tokens, mask, {"answer": answer}))
     assert found.tolist() == [1, 1, 0, 0, 0, 1, 0, 0, 1]
     assert text.rewards[0].function([""] * 9, responses, answer=answer.tolist()) == found.tolist()
+
+
+def test_own_data_say_how_a_thought_ends_and_how_an_answer_is_asked_for(tmp_path):
+    rows = (f'{{"prompt": "{"a" * n}b", "answer": "b"}}\n' for n in range(1, 20))
+    (tmp_path / "data.jsonl").write_text("".join(rows))
+    build = functools.partial(
+        jsonl_task, path=str(tmp_path / "data.jsonl"), rewards=DeviceReward("none", exit_tokens), max_new_tokens=9,
+        data_dir=str(tmp_path), heldout_fraction=0.5,
+    )  # fmt: skip
+    assert build().thought is None and build().exit_inducer == ()
+    task = build(thought_end="#>", exit_inducer="!#>\n")
+    assert task.tokenizer.decode(task.exit_inducer) == "!#>\n"
+    tokens = task.tokenizer.encode("ab#a#>b")[None, :]
+    assert np.asarray(task.thought(tokens, np.ones((1, 7), bool)))[0].tolist() == [True] * 4 + [False] * 3
+    for wrong in ({"thought_end": "#>"}, {"exit_inducer": "#>"}):
+        with pytest.raises(ValueError, match="exit_inducer must be given if and only if thought_end is"):
+            build(**wrong)

@@ -8,6 +8,8 @@ import pytest
 import toy
 from forked_runs import check_refused, check_resume, forked
 
+from jentropy import config as config_lib
+from jentropy import embedded
 from jentropy.advantages.grpo import grpo
 from jentropy.advantages.vine import vine
 from jentropy.data.source import Prompts
@@ -15,6 +17,7 @@ from jentropy.data.steps import EveryToken
 from jentropy.data.task import chain_sum_task
 from jentropy.rollout.strategy import Tools
 from jentropy.rollout.vine import Vine, distinct_states
+from jentropy.train.forked import total_weights
 from jentropy.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_folders")
@@ -140,6 +143,15 @@ def test_one_prompt_drawn_twice_shares_its_states_and_two_examples_of_one_text_d
     assert found.row[found.step == 0].tolist() == list(range(8)) and len(set(found.index[found.step == 0])) == 1
 
 
+def test_values_are_in_units_of_the_estimators_total_reward():
+    def objective(**settings):
+        return config_lib.build(embedded.objective(estimator=fdl.Config(vine, **settings)))
+
+    assert total_weights(objective(), None, 2).tolist() == [1, 1]
+    assert total_weights(objective(), (1.0, 0.5), 2).tolist() == [1, 0.5]
+    assert total_weights(objective(reward_weights=(2.0, 0.0)), (1.0, 0.5), 2).tolist() == [2, 0]
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     config = forked(fdl.Config(Vine, num_rollouts=2, batch=4), fdl.Config(vine))
     lines = read_metrics(check_resume(config, tmp_path) / "metrics.jsonl")
@@ -165,6 +177,7 @@ def test_settings_out_of_range(settings, message):
 
 def test_what_cannot_work_is_an_error_when_it_is_built():
     check_refused(forked(None, fdl.Config(vine)), "a method needs prefix_known, prefix_value, step_id, .* a `strategy`")
-    check_refused(forked(fdl.Config(Vine), fdl.Config(grpo)), "stage 'before': the strategy Vine")
+    with pytest.warns(UserWarning, match="stage 'before': the strategy Vine.* samples for nothing"):
+        config_lib.build(forked(fdl.Config(Vine), fdl.Config(grpo)))
     with pytest.raises(ValueError, match=r"the step_boundary of task 'chain_sum' must be a rule .* got None"):
         Vine().check(4, dataclasses.replace(task(), step_boundary=None))
