@@ -11,7 +11,7 @@ import pytest
 
 from jentropy import config as config_lib
 from jentropy import embedded
-from jentropy.data import chain_sum
+from jentropy.data import chain_sum, chain_sum_pairs, storage
 from jentropy.data.task import chain_sum_task
 from jentropy.mechanisms.adaptive_entropy import adaptive_entropy
 from jentropy.policy.transformer import TransformerConfig
@@ -106,6 +106,8 @@ def own_folders(base: Path) -> Iterator[Path]:
             small.setattr(chain_sum, "_NUM_DEMONSTRATIONS", 200)
             chain_sum.prepare("prompts")
             chain_sum.prepare("demonstrations")
+            small.setattr(chain_sum_pairs, "_NUM_PAIRS", 200)
+            storage.prepare(chain_sum_pairs.ChainSumPairs, "preferences")
         cache = jax.config.jax_compilation_cache_dir
         yield base
         jax.config.update("jax_compilation_cache_dir", cache)

@@ -69,7 +69,7 @@ class Run(NamedTuple):
     def planned(self) -> int | None:
         """Rollouts that the config asks for; None without a config."""
         stages = [key for key in self.config if re.fullmatch(r"stages\.\d+", key)]
-        steps = [self.config.get(f"{stage}.steps", "") for stage in stages if "Reinforce" in self.config[stage]]
+        steps = [self.config.get(f"{stage}.steps", "") for stage in stages if "Supervised" not in self.config[stage]]
         return sum(map(int, steps)) if steps and all(s.isdecimal() for s in steps) else None
 
 

@@ -16,6 +16,7 @@ from jentropy.rollout.strategy import Strategy
 from jentropy.samplers import Sampler
 from jentropy.train.ledger import Ledger
 from jentropy.train.optimizer import AdamW
+from jentropy.train.preference_stage import Prefer
 from jentropy.train.second_models import SecondModel
 from jentropy.train.sharding import MeshShape, check_rows, make_mesh
 
@@ -175,7 +176,7 @@ class Reinforce:
         return frozenset(self.objective.estimator.requires) | frozenset(self.objective.mechanisms.requires)
 
 
-Stage: TypeAlias = Supervised | Reinforce
+Stage: TypeAlias = Supervised | Reinforce | Prefer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ class Experiment:
       policy: the model's shape.
       stages: in order.
       evaluation: how the policy is evaluated.
-      seed: of reinforcement learning: prompts, samples, updates.
+      seed: of reinforcement learning: prompts, samples, updates; and of the order of pairs.
       mesh: devices per axis.
       checkpoint_every: rollouts between checkpoints; the end of every stage is kept besides.
       sampler_tolerance: largest difference between the sampler's and the trainer's log-probabilities, over the larger
@@ -221,7 +222,8 @@ class Experiment:
       eval_batch: prompts per call of the evaluation's sampler.
       hang_limit: seconds after which a part of the run that does not end stops the process; None for never.
       keep_rollouts: numbers of rollouts that are kept, with the state before their updates, below `rollouts` in the
-        run's folder, for `jentropy replay` and `jentropy what-if`. Each takes the room of a checkpoint.
+        run's folder, for `jentropy replay` and `jentropy what-if`. Each takes the room of a checkpoint. A stage of
+        learning from preferences, whose steps count like rollouts, has none to keep.
     """
 
     name: str
@@ -246,9 +248,7 @@ class Experiment:
         require(self.eval_batch >= 1, "eval_batch", self.eval_batch, "at least 1")
         positive = self.hang_limit is None or self.hang_limit > 0
         require(positive, "hang_limit", self.hang_limit, "positive or None")
-        total = sum(stage.steps for stage in self.stages if isinstance(stage, Reinforce))
-        known = all(0 <= step < total for step in self.keep_rollouts)
-        require(known, "keep_rollouts", self.keep_rollouts, f"rollouts of the run, in [0, {total})")
+        self._check_kept()
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), "stages", names, "of different names")
         rewards = [reward.name for reward in self.task.rewards]
@@ -265,20 +265,44 @@ class Experiment:
             if isinstance(stage, Reinforce):
                 for model in stage.learners.values():
                     model.make(transformer(self.policy))
+            if isinstance(stage, Prefer) and self.task.pair_arrays is None:
+                raise ValueError(f"stage {stage.name!r}: task {self.task.name!r} has no pairs of responses")
         vocab = self.task.tokenizer.vocab_size
         require(self.policy.vocab_size >= vocab, "policy.vocab_size", self.policy.vocab_size, f"at least {vocab}")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages but the supervised ones: rollouts, and batches of pairs."""
+        return sum(stage.steps for stage in self.stages if not isinstance(stage, Supervised))
+
+    def _check_kept(self) -> None:
+        total, start = self.num_steps, 0
+        known = all(0 <= step < total for step in self.keep_rollouts)
+        require(known, "keep_rollouts", self.keep_rollouts, f"rollouts of the run, in [0, {total})")
+        for stage in self.stages:
+            if isinstance(stage, Supervised):
+                continue
+            inside = [step for step in self.keep_rollouts if start <= step < start + stage.steps]
+            if inside and isinstance(stage, Prefer):
+                raise ValueError(
+                    f"keep_rollouts: {inside} are steps of stage {stage.name!r}, which learns from pairs and has no "
+                    "rollouts; its batches can be drawn again from the seed"
+                )
+            start += stage.steps
 
     def reward_weights(self, stage: Reinforce) -> tuple[float, ...] | None:
         """The weights of a stage's reward columns, those that shape after the task's; None if all are 1."""
         return weights_of((*self.task.rewards, *stage.shaping))
 
     def check_mesh(self) -> None:
-        """Raises `ValueError` if the mesh does not divide the rows of a rollout, an update or an evaluation."""
+        """Raises `ValueError` if the mesh does not divide the rows of a step, an update or an evaluation."""
         mesh = make_mesh(self.mesh)
         check_rows(mesh, self.eval_batch, "eval_batch")
         for stage in self.stages:
             if isinstance(stage, Supervised):
                 check_rows(mesh, stage.batch_size, f"{stage.name}.batch_size")
+            elif isinstance(stage, Prefer):
+                check_rows(mesh, stage.batch_size // stage.num_microbatches, f"{stage.name}: a micro-batch of pairs")
             else:
                 check_rows(mesh, stage.num_prompts, f"{stage.name}.num_prompts")
                 rows = stage.num_rows // stage.num_minibatches // stage.num_microbatches

@@ -28,6 +28,7 @@ from jentropy.train.folder import open_folder, write_header
 from jentropy.train.kept import KeptWriter
 from jentropy.train.law_metrics import LawMetrics
 from jentropy.train.metrics import MetricsWriter, divide, read_metrics
+from jentropy.train.preference_stage import Prefer
 from jentropy.train.preflight import check_room, num_bytes
 from jentropy.train.programs import EVALUATION, SAMPLING
 from jentropy.train.progress import Progress
@@ -35,7 +36,7 @@ from jentropy.train.quarantine import Batch, Quarantine, trailing_skips
 from jentropy.train.sharding import make_mesh, replicated
 from jentropy.train.signals import StopSignals
 from jentropy.train.state import TrainState
-from jentropy.train.stepper import Stepper, fresh_state, state_template
+from jentropy.train.stepper import fresh_state, make_stepper, state_template
 from jentropy.train.warm_start import cache_folder, cached_warm_start, init_params, run_supervised
 from jentropy.train.watchdog import Watchdog
 
@@ -127,9 +128,8 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         """Runs what is left of the stages; returns the last line of metrics, the final evaluation."""
-        stages, params, step = self.experiment.stages, None, 0
+        stages, params, step, total = self.experiment.stages, None, 0, self.experiment.num_steps
         first = self._resumed["stage"] if self._resumed else 0
-        total = sum(stage.steps for stage in stages if isinstance(stage, Reinforce))
         with (
             Progress(total, initial=(self._resumed or {"step": 0})["step"], quiet=self._quiet) as self._bar,
             StopSignals() as self._stop,
@@ -140,7 +140,7 @@ class Run:
                 if isinstance(stage, Supervised):
                     params = self._supervise(index, stage, params)
                 else:
-                    state = self._reinforce(index, stage, params, step)
+                    state = self._train(index, stage, params, step)
                     params, step = state.params, int(jax.device_get(state.step))
             return self._finish(params, step)
 
@@ -168,7 +168,7 @@ class Run:
         self._bar.note(f"{stage.name}: {'from the cache' if cached else 'done'}")
         return params
 
-    def _start_stage(self, index: int, stage: Reinforce, params: Any, step: int) -> TrainState:
+    def _start_stage(self, index: int, params: Any, step: int) -> TrainState:
         """The state at the start of the stage, or where the checkpoint left it."""
         template = state_template(self.experiment, self.policy, self.mesh, index)
         if self._resumed is not None and self._resumed["stage"] == index:
@@ -179,13 +179,13 @@ class Run:
         start = jax.jit(fresh, out_shardings=jax.tree.map(lambda x: x.sharding, template))
         return start(params, self._put(step), self.key)
 
-    def _reinforce(self, index: int, stage: Reinforce, params: Any, step: int) -> TrainState:
-        """Runs one stage of reinforcement learning from `step` rollouts on."""
-        state = self._start_stage(index, stage, params, step)
+    def _train(self, index: int, stage: Reinforce | Prefer, params: Any, step: int) -> TrainState:
+        """Runs one stage of reinforcement learning, or of preferences, from `step` rollouts on."""
+        state = self._start_stage(index, params, step)
         check_room(self.out, num_bytes(state))
         done = self._resumed["stage_step"] if self._resumed and self._resumed["stage"] == index else 0
         start = int(jax.device_get(state.step)) - done
-        stepper = Stepper(self.experiment, stage, self.policy, self.mesh, self._sampling_key)
+        stepper = make_stepper(self.experiment, stage, self.policy, self.mesh, self._sampling_key)
         pending, compiled = None, 0
         with jax.transfer_guard("disallow"):
             for n in range(done, stage.steps):
@@ -220,24 +220,26 @@ class Run:
                     compiled = num_compilations()
         return state
 
-    def _evaluate(self, stage: Reinforce, params: Any, step: int, *, write: bool) -> None:
+    def _evaluate(self, stage: Reinforce | Prefer, params: Any, step: int, *, write: bool) -> None:
         """Evaluates on held-out prompts; without `write` only to have the program compiled."""
         self._watchdog.beat("evaluation")
         metrics = self._evaluator(params, self._eval_key, step)
         if write:
             self._writer.write(step, self._law(step, {"stage": stage.name, **metrics}))
 
-    def _write(self, stage: Reinforce, pending: _Pending | None) -> None:
+    def _write(self, stage: Reinforce | Prefer, pending: _Pending | None) -> None:
         """Fetches and writes the metrics of a step that was dispatched before; returns None, nothing is pending."""
         if pending is None:
             return
         metrics = divide(pending.metrics)
-        if not self._checked and metrics["sampler/logp_diff_relative"] > self.experiment.sampler_tolerance:
-            raise RuntimeError(
-                f"sampler and trainer disagree on log-probabilities by {metrics['sampler/logp_diff_max']:.2e} nats, "
-                f"more than sampler_tolerance = {self.experiment.sampler_tolerance:.2e} times max(1, their size)"
-            )
-        self._checked = True
+        if not self._checked and isinstance(stage, Reinforce):
+            if metrics["sampler/logp_diff_relative"] > self.experiment.sampler_tolerance:
+                raise RuntimeError(
+                    "sampler and trainer disagree on log-probabilities by "
+                    f"{metrics['sampler/logp_diff_max']:.2e} nats, "
+                    f"more than sampler_tolerance = {self.experiment.sampler_tolerance:.2e} times max(1, their size)"
+                )
+            self._checked = True
         for name, value in metrics.items():
             if name.startswith("error/") and value != 0:
                 raise ValueError(f"step {pending.step}: {name.removeprefix('error/')}: {value:g}")

@@ -59,22 +59,20 @@ def new_preference_stage(params: Any, step: Array, key: Array, stage: Prefer) ->
 
 def pair_rollouts(batch: PairBatch) -> Rollouts:
     """The rows of a batch of pairs, on the host."""
-    num_rows, width = batch.tokens.shape
-    row = np.arange(num_rows, dtype=np.int32)
-    unknown = np.zeros((num_rows, width), np.float32)
-    return Rollouts(
-        tokens=batch.tokens,
-        loss_mask=batch.mask,
-        logp_sampler=unknown,
-        logp_old=unknown,
-        rewards=(1.0 - row % 2).astype(np.float32)[:, None],
-        row_id=row,
-        group=row // 2,
-        parent=np.full_like(row, -1),
-        fork=batch.prompt_length,
-        token_data={},
-        row_data={},
-    )
+    row = np.arange(len(batch.tokens), dtype=np.int32)
+    unknown = np.zeros(batch.tokens.shape, np.float32)
+    arrays: dict[str, Any] = {
+        "tokens": batch.tokens,
+        "loss_mask": batch.mask,
+        "logp_sampler": unknown,
+        "logp_old": unknown,
+        "rewards": (1.0 - row % 2).astype(np.float32)[:, None],
+        "row_id": row,
+        "group": row // 2,
+        "parent": np.full_like(row, -1),
+        "fork": batch.prompt_length,
+    }
+    return Rollouts(**arrays, token_data={}, row_data={})
 
 
 def _entropy_metrics(entropy: Array, rows: Rollouts, is_valid: Array) -> Metrics:
@@ -191,9 +189,9 @@ def make_preference_step(
             lambda: apply_optimizer(spec.optimizer, gradient, state.opt_state, state.params),
             lambda: (state.params, state.opt_state),
         )
-        metrics |= {"actor/loss": (value, one), "actor/grad_norm": (norm, one)}
+        metrics = {**metrics, "actor/loss": (value, one), "actor/grad_norm": (norm, one)}
         metrics = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), metrics)
-        metrics |= {**found, "update/skipped": ((~ok).astype(value.dtype), one)}
+        metrics = {**metrics, **found, "update/skipped": ((~ok).astype(value.dtype), one)}
         state = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
         shardings = state_shardings(spec.policy, mesh, spec.optimizer, state)
         return jax.lax.with_sharding_constraint(state, shardings), metrics

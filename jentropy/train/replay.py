@@ -25,7 +25,7 @@ from jentropy import config as config_lib
 from jentropy.base import Array, Metrics, Policy
 from jentropy.policy.transformer import transformer
 from jentropy.train import filters
-from jentropy.train.experiment import Experiment, Reinforce, Supervised
+from jentropy.train.experiment import Experiment, Supervised
 from jentropy.train.kept import load_kept, restore_read_only
 from jentropy.train.ledger import PREFIX as LEDGER
 from jentropy.train.metrics import divide, read_metrics
@@ -35,7 +35,7 @@ from jentropy.train.quarantine import SKIPPED, load_batch, stored_steps
 from jentropy.train.sharding import make_mesh, replicated, row_sharding
 from jentropy.train.state import TrainState
 from jentropy.train.step import make_train_step
-from jentropy.train.stepper import Stepper, fresh_state, stage_spec, state_template
+from jentropy.train.stepper import fresh_state, make_stepper, stage_spec, state_template
 from jentropy.train.warm_start import cached_warm_start, init_params, run_supervised
 
 
@@ -108,11 +108,11 @@ class _Past:
         self.key: Array = jax.device_put(jax.random.key(self.experiment.seed), replicated(self.mesh))
 
     def stage(self, name: str) -> int:
-        """The index of a stage of reinforcement learning."""
+        """The index of a stage, which is not supervised."""
         for index, stage in enumerate(self.experiment.stages):
-            if stage.name == name and isinstance(stage, Reinforce):
+            if stage.name == name and not isinstance(stage, Supervised):
                 return index
-        raise ReplayError(f"the config of {self.run} has no stage {name!r} of reinforcement learning")
+        raise ReplayError(f"the config of {self.run} has no stage {name!r} of reinforcement learning or preferences")
 
     def _restore(self, step: int, index: int) -> TrainState:
         template = state_template(self.experiment, self.policy, self.mesh, index)
@@ -139,7 +139,7 @@ class _Past:
         if index == 1 and isinstance(first, Supervised):
             return self._warm_start(first), 0
         ends = [s for s, m in saved.items() if (m.get("stage"), m.get("stage_step")) == (index - 1, last.steps)]
-        if isinstance(last, Reinforce) and ends:
+        if not isinstance(last, Supervised) and ends:
             return self._restore(ends[-1], index - 1).params, ends[-1]
         raise ReplayError(
             f"{self.run} has no checkpoint at or before this step from which stage {stages[index].name!r} can be "
@@ -206,7 +206,7 @@ def replay(run: str | Path, step: int | None = None, config: fdl.Config | None =
     past = _Past(run, config or config_lib.load(run / "config.json"))
     index = past.stage(str(description.get("stage")))
     stage = past.experiment.stages[index]
-    assert isinstance(stage, Reinforce)
+    assert not isinstance(stage, Supervised)
     state, start = past.before(index, step)
     lines = {line["step"]: line for line in read_metrics(run / "metrics.jsonl") if SKIPPED in line}
     departed: list[int] = []
@@ -217,7 +217,7 @@ def replay(run: str | Path, step: int | None = None, config: fdl.Config | None =
             departed.append(at)
         return found[SKIPPED]
 
-    stepper = Stepper(past.experiment, stage, past.policy, past.mesh, jax.random.fold_in(past.key, SAMPLING))
+    stepper = make_stepper(past.experiment, stage, past.policy, past.mesh, jax.random.fold_in(past.key, SAMPLING))
     for at in range(start, step):
         state, metrics = stepper(state, at)[:2]
         check(at, metrics)

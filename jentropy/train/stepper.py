@@ -18,6 +18,8 @@ from jentropy.train.evaluate import grade_on_host, put_prompts
 from jentropy.train.experiment import Experiment, Reinforce
 from jentropy.train.filters import make_judge, make_mask, make_place, round_keys
 from jentropy.train.forked import Forker, total_weights
+from jentropy.train.preference_stage import Prefer
+from jentropy.train.preference_step import PreferenceStepper, new_preference_stage
 from jentropy.train.programs import make_rollout
 from jentropy.train.quarantine import Batch
 from jentropy.train.second_models import compiled_model
@@ -27,8 +29,10 @@ from jentropy.train.step import StepSpec, make_spec, make_train_step
 
 
 def fresh_state(experiment: Experiment, index: int, params: Any, step: jax.Array, key: jax.Array) -> TrainState:
-    """The state at the start of a stage of reinforcement learning."""
+    """The state at the start of a stage, which is not supervised."""
     stage = experiment.stages[index]
+    if isinstance(stage, Prefer):
+        return new_preference_stage(params, step, key, stage)
     assert isinstance(stage, Reinforce), f"stage {index} has no training state"
     return new_stage(
         params, step, key, stage.objective, stage.optimizer, stage.reference, stage.sampler,
@@ -43,7 +47,7 @@ def make_learners(experiment: Experiment, stage: Reinforce) -> dict[str, Learner
 
 
 def state_template(experiment: Experiment, policy: Policy, mesh: Mesh, index: int) -> TrainState:
-    """Shapes, dtypes and shardings of the state in a stage of reinforcement learning."""
+    """Shapes, dtypes and shardings of the state in a stage, which is not supervised."""
     key, step = jax.random.key(0), jax.ShapeDtypeStruct((), np.int32)
     fresh = functools.partial(fresh_state, experiment, index)
     shapes = jax.eval_shape(fresh, jax.eval_shape(policy.init, key), step, key)
@@ -59,6 +63,15 @@ def stage_spec(experiment: Experiment, stage: Reinforce, policy: Policy) -> Step
         left_out=None if stage.eos_in_loss else experiment.task.tokenizer.eos_id, ledger=stage.ledger,
         learners={name: compiled_model(model).make(policy) for name, model in stage.learners.items()},
     )  # fmt: skip
+
+
+def make_stepper(
+    experiment: Experiment, stage: Reinforce | Prefer, policy: Policy, mesh: Mesh, key: jax.Array
+) -> "Stepper | PreferenceStepper":
+    """What does one step of a stage; see `Stepper`."""
+    if isinstance(stage, Prefer):
+        return PreferenceStepper(experiment.task, stage, policy, mesh, experiment.seed)
+    return Stepper(experiment, stage, policy, mesh, key)
 
 
 class Stepper:

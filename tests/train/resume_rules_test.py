@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 
 import fiddle as fdl
@@ -19,6 +20,7 @@ from jentropy.policy.transformer import TransformerConfig
 from jentropy.train import resume_rules
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
 from jentropy.train.optimizer import AdamW
+from jentropy.train.preference_stage import Prefer
 from jentropy.train.resume_rules import Rule, check_resume, classify, find_changes
 from jentropy.train.sharding import MeshShape
 
@@ -43,7 +45,8 @@ def lines(*overrides):
 def test_every_field_of_a_config_has_a_rule(path):
     flat = resume_rules.split_lines(config_lib.flatten(config_lib.load_config(path)))
     kinds = resume_rules.stage_kinds(flat)
-    assert set(kinds.values()) >= {"reinforce"}
+    assert set(kinds.values()) & {"reinforce", "prefer"}
+    assert sorted(kinds) == [name for name in sorted(flat) if re.fullmatch(r"stages\.\d+", name)]
     unclassified = [name for name in flat if classify(name, kinds) is None]
     assert not unclassified, f"give these a rule in resume_rules.py: {unclassified}"
 
@@ -52,7 +55,8 @@ def field_names():
     """Paths of all that can be set in the parts of an experiment, given in a config or not."""
     parts = {
         "": Experiment, "policy.": TransformerConfig, "mesh.": MeshShape, "evaluation.": Evaluation,
-        "stages.0.": Supervised, "stages.1.": Reinforce, "stages.1.optimizer.": AdamW,
+        "stages.0.": Supervised, "stages.1.": Reinforce, "stages.1.optimizer.": AdamW, "stages.2.": Prefer,
+        "stages.2.optimizer.": AdamW,
     }  # fmt: skip
     for prefix, part in parts.items():
         yield from (prefix + field.name for field in dataclasses.fields(part) if field.name != "stages")
@@ -62,7 +66,7 @@ def field_names():
             yield from ("task." + argument for argument in inspect.signature(factory).parameters)
 
 
-KINDS = {"stages.0": "supervised", "stages.1": "reinforce"}
+KINDS = {"stages.0": "supervised", "stages.1": "reinforce", "stages.2": "prefer"}
 
 
 @pytest.mark.parametrize("path", list(field_names()))
@@ -72,7 +76,7 @@ def test_every_field_of_every_part_has_a_rule(path):
 
 def test_no_field_has_two_rules():
     for path in field_names():
-        name = path.replace("stages.0", "supervised").replace("stages.1", "reinforce")
+        name = re.sub(r"stages\.\d", lambda match: KINDS[match[0]], path)
         matching = [rule for pattern, rule, _ in resume_rules._PATTERNS if pattern.fullmatch(name)]
         assert len(matching) == 1, f"{path}: {matching}"
 
