@@ -19,6 +19,7 @@ from jentropy.rollout.dynamic import DynamicSampling
 from jentropy.rollout.fr3e import Fr3e, anchored, base_rows
 from jentropy.train.evaluate import grade_on_host
 from jentropy.train.metrics import read_metrics
+from jentropy.train.replay import replay_kept
 from jentropy.train.sharding import replicated
 
 pytestmark = pytest.mark.usefixtures("own_folders")
@@ -164,8 +165,12 @@ def test_the_released_rule_takes_the_tokens_of_lowest_log_probability():
     np.testing.assert_array_equal(with_entropy.length, [3, 4, 3, 4])
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole = check_resume(config(), tmp_path)
+def test_a_resumed_run_equals_an_uninterrupted_one_and_a_kept_step_is_done_again(tmp_path):
+    kept = config()
+    kept.keep_rollouts = (1,)
+    whole = check_resume(kept, tmp_path)
+    again = replay_kept(whole, 1)
+    assert not again.differs and "rollout/padded_fraction" in again.recorded.keys() - again.found.keys()
     lines = [line for line in read_metrics(whole / "metrics.jsonl") if "fr3e/alpha" in line]
     assert len(lines) == 4 and all(0 <= line["rollout/padded_fraction"] < 0.7 for line in lines)
     timing = read_metrics(whole / "timing.jsonl")
