@@ -1,11 +1,13 @@
 """A user's own prompts: JSONL files through one TFDS builder.
 
 A line is an object with `prompt` (text), `answer` (any JSON value) and whatever else the graders want; an optional
-`response` (text) makes it a demonstration too. A path is one file or a directory of `*.jsonl`; each file is a *part*,
-named by its stem, that mixtures weigh and reports tell apart.
+`response` (text) makes it a demonstration too. Files of another kind hold pairs: `prompt`, and two different responses
+to it, `chosen` the better and `rejected` the worse one. A path is one file or a directory of `*.jsonl`; each file is a
+*part*, named by its stem, that mixtures weigh and reports tell apart.
 
 A prompt is held out if its sha256, read as a fraction, is below `heldout_fraction`: a prompt is on the same side in
-every file, however often it occurs and whatever else the data holds. Order is that of files by name and lines.
+every file, of either kind, however often it occurs and whatever else the data holds. Pairs of held-out prompts are
+left out. Order is that of files by name and lines.
 
 The dataset's folder is named by the checksums of the sources, so changed data are prepared anew, and it holds the
 checksums of its own files, which are verified before use.
@@ -34,6 +36,11 @@ from jentropy.data import storage
 _MAX_LINE_BYTES = 2**20
 _RESERVED = ("prompts", "completions", "prompt_length", "part")
 _MANIFEST = "checksums.json"
+
+PROMPTS, PAIRS = "prompts", "pairs"
+_REQUIRED = {PROMPTS: ("prompt", "answer"), PAIRS: ("prompt", "chosen", "rejected")}
+_TEXTS = {PROMPTS: ("prompt", "response"), PAIRS: ("prompt", "chosen", "rejected")}
+_PREFIXES = {PROMPTS: ("train", "heldout"), PAIRS: ("train",)}
 
 
 class CorruptDataError(ValueError):
@@ -72,8 +79,12 @@ def is_heldout(prompt: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64 < fraction
 
 
-def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: pathlib.Path, kind: str = PROMPTS) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file, in order; blank lines are left out.
+
+    Args:
+      path: of the file.
+      kind: `PROMPTS` or `PAIRS`, which says what fields a row needs.
 
     Raises:
       ValueError: a line is no JSON object with the fields it needs, or longer than 1 MiB; names file and line.
@@ -85,24 +96,26 @@ def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                yield _parse(line)
+                yield _parse(line, kind)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes, kind: str) -> dict[str, Any]:
     if len(line) > _MAX_LINE_BYTES:
         raise ValueError(f"longer than {_MAX_LINE_BYTES} bytes")
     row = json.loads(line.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique)
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
-    for name in ("prompt", "answer"):
+    for name in _REQUIRED[kind]:
         if name not in row:
             raise ValueError(f"no {name!r}; it has {sorted(row)}")
-    for name in ("prompt", "response"):
+    for name in _TEXTS[kind]:
         text = row.get(name, "-")
         if not isinstance(text, str) or not text:
             raise ValueError(f"{name!r} must be a text that is not empty, got {text!r}")
+    if kind == PAIRS and row["chosen"] == row["rejected"]:
+        raise ValueError("'chosen' and 'rejected' are the same text: the pair has no loser")
     for name in _RESERVED:
         if name in row:
             raise ValueError(
@@ -130,14 +143,19 @@ class JsonlConfig(tfds.core.BuilderConfig):
     Attributes:
       files: in order.
       heldout_fraction: share of held-out prompts.
+      kind: `PROMPTS` or `PAIRS`.
     """
 
     files: tuple[pathlib.Path, ...] = ()
     heldout_fraction: float = 0.1
+    kind: str = PROMPTS
 
 
 class Jsonl(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of JSONL files: splits `train_<i>` and `heldout_<i>` of file i, records in the order of lines."""
+    """TFDS builder of JSONL files: splits `train_<i>` and `heldout_<i>` of file i, records in the order of lines.
+
+    Pairs have no held-out splits.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None  # nothing is downloaded, so TFDS need not look for a checksum file beside the source
@@ -157,13 +175,13 @@ class Jsonl(tfds.core.GeneratorBasedBuilder):
         return {
             f"{prefix}_{i}": self._generate_examples(i, heldout=prefix == "heldout")
             for i in indices
-            for prefix in ("train", "heldout")
+            for prefix in _PREFIXES[self.builder_config.kind]
         }
 
     def _generate_examples(self, index: int, *, heldout: bool) -> Iterator[tuple[int, dict[str, str]]]:
         config = self.builder_config
         assert isinstance(config, JsonlConfig)
-        for i, row in enumerate(read_rows(config.files[index])):
+        for i, row in enumerate(read_rows(config.files[index], config.kind)):
             if is_heldout(row["prompt"], config.heldout_fraction) == heldout:
                 yield i, {"row": json.dumps(row, ensure_ascii=False)}
 
@@ -175,20 +193,28 @@ class Prepared:
     Attributes:
       folder: where its records are.
       sources: (file name, sha256) of the JSONL files it was made of, in order.
+      kind: `PROMPTS` or `PAIRS`.
     """
 
     folder: str
     sources: tuple[tuple[str, str], ...]
+    kind: str = PROMPTS
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Stems of the files, in order."""
         return tuple(pathlib.PurePath(name).stem for name, _ in self.sources)
 
+    @property
+    def splits(self) -> tuple[tuple[str, str], ...]:
+        """(prefix, part) of all splits."""
+        return tuple((prefix, part) for part in self.parts for prefix in _PREFIXES[self.kind])
+
 
 def prepare(
-    path: str | os.PathLike, *, heldout_fraction: float = 0.1, data_dir: str | os.PathLike | None = None
-) -> Prepared:
+    path: str | os.PathLike, *, heldout_fraction: float = 0.1, data_dir: str | os.PathLike | None = None,
+    kind: str = PROMPTS,
+) -> Prepared:  # fmt: skip
     """Writes the dataset of one or several JSONL files unless it is there, and verifies its checksums.
 
     Atomic: several processes may call this at once.
@@ -197,35 +223,38 @@ def prepare(
       path: a file, or a directory of `*.jsonl`.
       heldout_fraction: share of held-out prompts, in (0, 1).
       data_dir: folder of all datasets; None for `storage.default_data_dir()`.
+      kind: `PROMPTS` or `PAIRS`.
 
     Raises:
       CorruptDataError: the prepared dataset is not what was written.
-      ValueError: a bad line, or a file without a training or without a held-out prompt.
+      ValueError: a bad line, or a file without a training or, for prompts, without a held-out prompt.
       OSError: a source cannot be read, or the folder cannot be written; names it.
     """
     base.require(0 < heldout_fraction < 1, "heldout_fraction", heldout_fraction, "in (0, 1)")
     files = source_files(path)
     sources = tuple((file.name, sha256_of(file)) for file in files)
-    name = hashlib.sha256(json.dumps([sources, heldout_fraction]).encode()).hexdigest()[:32]
+    made_of = [sources, heldout_fraction, *([] if kind == PROMPTS else [kind])]
+    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
     data_dir = storage.default_data_dir() if data_dir is None else pathlib.Path(data_dir).expanduser()
     folder = data_dir.absolute() / Jsonl.name / name / str(Jsonl.VERSION)
     if not folder.exists():
         for file in files:
-            _check_split(file, heldout_fraction)
+            _check_split(file, heldout_fraction, kind)
         try:
-            _write(JsonlConfig(name=name, files=files, heldout_fraction=heldout_fraction), sources, folder)
+            _write(JsonlConfig(name=name, files=files, heldout_fraction=heldout_fraction, kind=kind), sources, folder)
         except OSError as error:
             raise OSError(
                 f"cannot write the dataset of {path} to {folder} ({error}); "
                 "name a writable folder with data_dir or the environment variable JENTROPY_DATA"
             ) from error
     verify(folder)
-    return Prepared(str(folder), sources)
+    return Prepared(str(folder), sources, kind)
 
 
-def _check_split(file: pathlib.Path, fraction: float) -> None:
-    sides = [is_heldout(row["prompt"], fraction) for row in read_rows(file)]
-    for name, count in (("training", sides.count(False)), ("held-out", sides.count(True))):
+def _check_split(file: pathlib.Path, fraction: float, kind: str) -> None:
+    sides = [is_heldout(row["prompt"], fraction) for row in read_rows(file, kind)]
+    counts = {"training": sides.count(False), "held-out": sides.count(True)}
+    for name, count in list(counts.items())[: len(_PREFIXES[kind])]:
         if not count:
             raise ValueError(f"{file} has no {name} prompt among {len(sides)} at heldout_fraction = {fraction}")
 

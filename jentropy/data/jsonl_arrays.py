@@ -7,17 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from jentropy.data.jsonl import Prepared, rows
+from jentropy.data.jsonl import PAIRS, PROMPTS, Prepared, rows
+from jentropy.data.preferences import SIDES
 from jentropy.data.tokenizer import Tokenizer
+
+_RESPONSES = {PROMPTS: ("response",), PAIRS: SIDES}
 
 
 def texts(data: Prepared) -> Iterator[str]:
     """All text that a policy may read or write: prompts, responses, and answers that are text or numbers."""
-    for part in data.parts:
-        for prefix in ("train", "heldout"):
-            for row in rows(data, prefix, part):
-                answer = row["answer"]
-                yield row["prompt"] + row.get("response", "") + (str(answer) if _is_plain(answer) else "")
+    for split in data.splits:
+        for row in rows(data, *split):
+            answer = row.get("answer")
+            yield row["prompt"] + "".join(row.get(name, "") for name in _RESPONSES[data.kind])
+            yield str(answer) if _is_plain(answer) else ""
 
 
 def _is_plain(answer: Any) -> bool:
@@ -26,8 +29,7 @@ def _is_plain(answer: Any) -> bool:
 
 def longest_prompt(data: Prepared, tokenizer: Tokenizer) -> int:
     """Tokens of the longest prompt of all splits."""
-    splits = [(prefix, part) for part in data.parts for prefix in ("train", "heldout")]
-    return max(len(tokenizer.encode(row["prompt"])) for split in splits for row in rows(data, *split))
+    return max(len(tokenizer.encode(row["prompt"])) for split in data.splits for row in rows(data, *split))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +71,7 @@ class JsonlArrays:
 @functools.lru_cache(maxsize=8)
 def _fields(data: Prepared) -> tuple[str, ...]:
     """Names of all fields but the prompt that any row has, so that all splits have the same."""
-    splits = [(prefix, part) for part in data.parts for prefix in ("train", "heldout")]
-    return tuple(sorted({name for split in splits for row in rows(data, *split) for name in row} - {"prompt"}))
+    return tuple(sorted({name for split in data.splits for row in rows(data, *split) for name in row} - {"prompt"}))
 
 
 @functools.lru_cache(maxsize=128)
@@ -90,6 +91,54 @@ def _arrays(splits: JsonlArrays, config: str, split: str) -> tuple[tuple[str, np
     responses = [np.concatenate([tokenizer.encode(row["response"]), end]) for row in found]
     padded, length = _pad(responses, splits.max_new_tokens, tokenizer.pad_id, f"{split}: response")
     arrays |= {"response": padded, "response_length": length, "strategy": np.zeros(len(found), np.int32)}
+    return tuple(arrays.items())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairArrays:
+    """Tokenized splits of a dataset of pairs: what `Task.pair_arrays` calls. A value, hashable.
+
+    Attributes:
+      data: the dataset, of kind `jsonl.PAIRS`.
+      tokenizer: text to tokens.
+      prompt_columns: L, columns of the prompt bucket.
+      max_new_tokens: R, columns of responses, their end included.
+    """
+
+    data: Prepared
+    tokenizer: Tokenizer
+    prompt_columns: int
+    max_new_tokens: int
+
+    def __call__(self, split: str, data_dir: str | None) -> dict[str, np.ndarray]:
+        """The arrays of a split, as `PreferenceSource` wants them.
+
+        Args:
+          split: "train_<part>".
+          data_dir: not used, the dataset knows its folder.
+
+        Raises:
+          ValueError: a prompt or a response does not fit, or is no token long, or both responses have the same tokens;
+            names part and row.
+        """
+        del data_dir
+        return dict(_pair_arrays(self, split))
+
+
+@functools.lru_cache(maxsize=128)
+def _pair_arrays(splits: PairArrays, split: str) -> tuple[tuple[str, np.ndarray], ...]:
+    prefix, _, part = split.partition("_")
+    found, tokenizer = rows(splits.data, prefix, part), splits.tokenizer
+    prompts = [tokenizer.encode(row["prompt"]) for row in found]
+    padded, length = _pad(prompts, splits.prompt_columns, tokenizer.pad_id, f"{split}: prompt")
+    arrays = {"prompt": padded, "prompt_length": length}
+    for side in SIDES:
+        ended = [np.append(tokenizer.encode(row[side]), tokenizer.eos_id) for row in found]
+        padded, length = _pad(ended, splits.max_new_tokens, tokenizer.pad_id, f"{split}: {side}")
+        arrays |= {side: padded, f"{side}_length": length}
+    same = np.all(arrays["chosen"] == arrays["rejected"], axis=1) & (arrays["chosen_length"] == length)
+    if same.any():
+        raise ValueError(f"{split}: chosen and rejected of row {np.argmax(same)} have the same tokens")
     return tuple(arrays.items())
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -199,9 +200,12 @@ def chain_sum_exits_task(*, data_dir: str | os.PathLike | None = None, reward: s
 def jsonl_task(
     *, path: str, rewards: Sequence[str | Callable | Reward] | str | Callable | Reward, max_new_tokens: int,
     tokenizer: str | Tokenizer | None = None, prompt_columns: int | None = None, heldout_fraction: float = 0.1,
-    data_dir: str | None = None, thought_end: str | None = None, exit_inducer: str | None = None,
+    data_dir: str | None = None, preferences: str | None = None, thought_end: str | None = None,
+    exit_inducer: str | None = None,
 ) -> Task:  # fmt: skip
     """A task from a user's own prompts and graders; see `data/jsonl.py`. Mixtures weigh the stems of the files.
+
+    Evaluations need prompts, answers and graders also where a policy learns from preferences only.
 
     Args:
       path: a JSONL file of `{"prompt", "answer", ...}`, or a directory of them.
@@ -214,6 +218,8 @@ def jsonl_task(
         of 8.
       heldout_fraction: share of held-out prompts, in (0, 1).
       data_dir: folder of all datasets; None for `storage.default_data_dir()`.
+      preferences: a JSONL file of `{"prompt", "chosen", "rejected"}`, or a directory of them, for a `Prefer` stage,
+        whose mixture weighs the stems of these files; None: there are none. Pairs of held-out prompts are left out.
       thought_end: the text that ends a thought, such as "</think>", for methods that stop it; None: there is none. Its
         tokens by themselves must be those that the policy writes.
       exit_inducer: the text that is put behind a thought to ask for the answer at once, `thought_end` included, such as
@@ -236,12 +242,18 @@ def jsonl_task(
         for item in listed
     )
     data = jsonl.prepare(path, heldout_fraction=heldout_fraction, data_dir=data_dir)
+    pairs = None
+    if preferences is not None:
+        pairs = jsonl.prepare(preferences, heldout_fraction=heldout_fraction, data_dir=data_dir, kind=jsonl.PAIRS)
+    prepared = [data] if pairs is None else [data, pairs]
     if tokenizer is None:
-        tokenizer = char_tokenizer([*jsonl_arrays.texts(data), thought_end or "", exit_inducer or ""])
+        texts = [text for made in prepared for text in jsonl_arrays.texts(made)]
+        tokenizer = char_tokenizer([*texts, thought_end or "", exit_inducer or ""])
     elif isinstance(tokenizer, str | os.PathLike):
         tokenizer = file_tokenizer(tokenizer)
-    longest = jsonl_arrays.longest_prompt(data, tokenizer)
+    longest = max(jsonl_arrays.longest_prompt(made, tokenizer) for made in prepared)
     columns = -(-longest // 8) * 8 if prompt_columns is None else prompt_columns
+    sizes: dict[str, Any] = {"tokenizer": tokenizer, "prompt_columns": columns, "max_new_tokens": max_new_tokens}
     return Task(
         name=pathlib.Path(path).stem,
         tokenizer=tokenizer,
@@ -250,13 +262,13 @@ def jsonl_task(
         rewards=graders,
         difficulty_field="part" if len(data.parts) > 1 else None,
         difficulties=data.parts,
-        split_arrays=jsonl_arrays.JsonlArrays(
-            data=data, tokenizer=tokenizer, prompt_columns=columns, max_new_tokens=max_new_tokens
-        ),
+        split_arrays=jsonl_arrays.JsonlArrays(data=data, **sizes),
         data_dir=data_dir,
-        sources=data.sources,
+        sources=tuple(source for made in prepared for source in made.sources),
         final_answer=answers.final_answer,
         step_boundary=AfterText(tokenizer),
+        pair_splits=() if pairs is None else pairs.parts,
+        pair_arrays=None if pairs is None else jsonl_arrays.PairArrays(data=pairs, **sizes),
         thought=BeforeMarker(_ids(tokenizer, thought_end)) if thought_end else None,
         exit_inducer=_ids(tokenizer, exit_inducer or ""),
     )

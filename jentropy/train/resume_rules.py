@@ -97,7 +97,7 @@ _RULES: dict[tuple[Rule, str], str] = {
     """,
     (Rule.REFUSED, "all randomness hangs on it"): "seed",
     (Rule.REFUSED, "other data, other tokens, or held-out prompts in training"): """
-        task task.path task.tokenizer task.heldout_fraction
+        task task.path task.tokenizer task.heldout_fraction task.preferences
     """,
     (Rule.REFUSED, "the parameters are what that stage left"): "supervised.**",
 }
