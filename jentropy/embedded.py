@@ -23,6 +23,7 @@ from jentropy.mechanisms.clip_range import clip_range
 from jentropy.mechanisms.entropy_bonus import entropy_bonus
 from jentropy.normalisers import sequence_mean_token_mean, token_mean
 from jentropy.policy.transformer import TransformerConfig
+from jentropy.preference import h_dpo
 from jentropy.rewards.shaping import overlong_reward
 from jentropy.rollout.dynamic import DynamicSampling
 from jentropy.rollout.fr3e import Fr3e
@@ -31,6 +32,7 @@ from jentropy.rollout.vine import Vine
 from jentropy.surrogates import dual_clip, ratio
 from jentropy.train.experiment import Evaluation, Experiment, Reinforce, Supervised
 from jentropy.train.optimizer import AdamW
+from jentropy.train.preference_stage import Prefer
 
 SHIFT_STEP = 200
 """Rollouts before the task changes in the SHIFT setting."""
@@ -139,6 +141,28 @@ def shift(
         evaluation=fdl.Config(Evaluation, mixture=easy_mixture(0.1)),
         seed=seed,
     )
+
+
+def preferences(
+    name: str, *, alpha: float, beta: float = 0.5, warm_start_seed: int = 0, steps: int = 100, seed: int = 0
+) -> fdl.Config:
+    """H-DPO on pairs of right and wrong chains, from the warm start of LAW: what α does to entropy.
+
+    Args:
+      name: of the run.
+      alpha: weight of the policy's own entropy: below 1 sharper, above 1 flatter than DPO.
+      beta: β; responses have 3 to 7 tokens, so it is far above the paper's .01.
+      warm_start_seed: of the supervised stage, in which each strategy has probability .5.
+      steps: of 64 pairs.
+      seed: of the order of the pairs.
+    """
+    stage = fdl.Config(
+        Prefer, steps=steps, loss=fdl.Config(h_dpo, alpha=alpha, beta=beta), mixture=easy_mixture(0.2),
+        optimizer=fdl.Config(AdamW, learning_rate=2e-4),
+    )  # fmt: skip
+    config = law(name, warm_start_seed=warm_start_seed, seed=seed)
+    config.stages = (config.stages[0], stage)
+    return config
 
 
 def scaled_clip_cov() -> fdl.Config:

@@ -11,10 +11,13 @@ import pytest
 from jentropy import config as config_lib
 from jentropy import embedded
 from jentropy.base import Rollouts
+from jentropy.data.preferences import PairBatch
 from jentropy.policy.transformer import transformer
 from jentropy.rollout.iid import RolloutSpec
 from jentropy.samplers import plain
 from jentropy.train.experiment import Experiment, Reinforce, Supervised
+from jentropy.train.preference_stage import Prefer
+from jentropy.train.preference_step import make_preference_step, pair_rollouts, preference_spec
 from jentropy.train.programs import make_rollout
 from jentropy.train.sharding import MeshShape, make_mesh
 from jentropy.train.step import StepSpec, make_train_step
@@ -113,6 +116,38 @@ def test_shapes_fit_from_prompts_to_the_next_state(path):
         after, metrics = jax.eval_shape(make_train_step(spec, stage.num_groups, mesh), state, rows)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
         assert all(total.shape == count.shape == () for total, count in metrics.values())
+
+
+def preference_stages(built: Experiment) -> list[Prefer]:
+    return [stage for stage in built.stages if isinstance(stage, Prefer)]
+
+
+PREFERENCES = ("h_dpo_sharp", "h_dpo_one", "h_dpo_flat")
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_pairs_fit_from_the_data_to_the_next_state(name):
+    built, mesh = experiment(name), make_mesh(MeshShape())
+    policy, task = transformer(built.policy), built.task
+    (stage,) = preference_stages(built)
+    state = state_template(built, policy, mesh, built.stages.index(stage))
+    shape, num = (stage.num_rows, task.prompt_columns + task.max_new_tokens), np.int32(0)
+    rows = pair_rollouts(
+        PairBatch(np.zeros(shape, np.int32), np.zeros(shape, bool), np.full(shape[0], num), np.full(shape[0] // 2, num))
+    )
+    after, metrics = jax.eval_shape(make_preference_step(preference_spec(stage, policy), mesh), state, rows)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert all(total.shape == count.shape == () for total, count in metrics.values())
+    assert set(stage.mixture) <= set(task.pair_splits)
+
+
+def test_the_configs_of_h_dpo_differ_in_a_number_only():
+    stages = [stage for name in PREFERENCES for stage in preference_stages(experiment(name))]
+    assert [float(stage.loss.init().alpha) for stage in stages] == pytest.approx([0.8, 1.0, 1.25])
+    policy = transformer(experiment("h_dpo_one").policy)
+    assert len({preference_spec(stage, policy) for stage in stages}) == 1
+    names = {warm_start_name(load(name), make_mesh(MeshShape())) for name in ("h_dpo_sharp", "h_dpo_one", "law_grpo")}
+    assert len(names) == 1, "one warm start, that of LAW"
 
 
 def test_the_methods_are_the_ones_that_the_names_say():
