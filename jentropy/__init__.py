@@ -40,6 +40,7 @@ from jentropy.compose import penalty as penalty
 from jentropy.compose import quantity as quantity
 from jentropy.compose import stateless as stateless
 from jentropy.compose import walk as walk
+from jentropy.data.task import chain_sum_exits_task as chain_sum_exits_task
 from jentropy.etpo import etpo as etpo
 from jentropy.head import linear_scores as linear_scores
 from jentropy.head import pair_scores as pair_scores
@@ -72,6 +73,9 @@ from jentropy.preference import h_dpo as h_dpo
 from jentropy.rewards.shaping import overlong_penalty as overlong_penalty
 from jentropy.rewards.shaping import overlong_reward as overlong_reward
 from jentropy.rollout.dynamic import DynamicSampling as DynamicSampling
+from jentropy.rollout.fr3e import Fr3e as Fr3e
+from jentropy.rollout.s_grpo import SerialExits as SerialExits
+from jentropy.rollout.vine import Vine as Vine
 from jentropy.samplers import Sampler as Sampler
 from jentropy.samplers import combine as combine
 from jentropy.samplers import e3_temperature as e3_temperature
