@@ -107,6 +107,13 @@ def test_micro_batches_and_mapped_steps_are_the_same(found, layout):
     _assert_same_step(found["rloo"][layout], found["rloo"]["1x1x1"])
 
 
+def test_a_step_of_preferences_is_the_same(found):
+    """Pairs of rows, three of them not valid: in two micro-batches on eight devices, and at once on one."""
+    _assert_same_step(found["h_dpo"]["2x2x2"], found["h_dpo"]["1x1x1"])
+    total, count = _split(found["h_dpo"]["1x1x1"])[1]["[1]['preference/groups_without_pair']"]
+    assert (total, count) == (3, 16)
+
+
 def test_the_ledger_is_the_same(found):
     """What the test above compares on 2x2x2 has changes, predictions and parts."""
     names = {path for path in _split(found["rloo"]["2x2x2"])[1] if "ledger/" in path}

@@ -29,12 +29,15 @@ from jentropy.mechanisms.kl_cov import kl_cov
 from jentropy.mechanisms.kl_reference import kl_reference
 from jentropy.normalisers import sequence_mean_token_mean, token_mean
 from jentropy.policy.transformer import TransformerConfig, transformer
+from jentropy.preference import h_dpo
 from jentropy.rewards.base import DeviceReward
 from jentropy.rollout.iid import RolloutSpec
 from jentropy.samplers import combine, e3_temperature, linear_entropy_temperature, plain, top_p
 from jentropy.surrogates import ratio
 from jentropy.train.ledger import Ledger
 from jentropy.train.optimizer import AdamW, apply_optimizer
+from jentropy.train.preference_stage import Prefer
+from jentropy.train.preference_step import make_preference_step, new_preference_stage, preference_spec
 from jentropy.train.programs import make_rollout
 from jentropy.train.scoring import make_scorer
 from jentropy.train.sharding import MeshShape, make_mesh, param_shardings, row_sharding
@@ -152,6 +155,22 @@ def with_temperatures(mesh: Mesh, params: Any, rows: Rollouts) -> Any:
     return state.params, metrics, state.decode_state
 
 
+def preferred(mesh: Mesh, params: Any, rows: Rollouts, num_microbatches: int) -> tuple[Any, Any]:
+    """Parameters and metrics after a step of H-DPO on neighbouring rows, some of which are no pair."""
+    row = np.arange(rows.row_id.shape[0], dtype=np.int32)
+    rewards = np.where(row < 6, 1, 1 - row % 2).astype(np.float32)[:, None]
+    stage = Prefer(
+        steps=1, loss=h_dpo(alpha=0.8, beta=0.5), mixture={}, batch_size=len(row) // 2, optimizer=OPTIMIZER,
+        num_microbatches=num_microbatches,
+    )  # fmt: skip
+    state = new_preference_stage(params, jnp.int32(2), jax.random.key(1), stage)
+    state = state.replace(frozen={"reference": jax.tree.map(lambda x: x * 0.9, params)})
+    state = jax.device_put(state, state_shardings(POLICY, mesh, OPTIMIZER, state))
+    pairs = jax.device_put(rows.replace(group=row // 2, rewards=rewards), row_sharding(mesh))
+    state, metrics = make_preference_step(preference_spec(stage, POLICY), mesh)(state, pairs)
+    return state.params, metrics
+
+
 def covered_rows(params: Any, rows: Rollouts) -> Rollouts:
     """Rows with two rewards, the first 0 or 1, and a sampler whose log-probabilities differ from the trainer's.
 
@@ -250,6 +269,7 @@ def representatives(keep: Callable[[str, str, Any], None], meshes: Mapping[str, 
         keep("temperatures", layout, with_temperatures(meshes[layout], params, decoded))
         cuts = {"num_epochs": 2, "num_microbatches": 2, "ledger": Ledger(first_order_every=1)}
         keep("rloo", layout, stepped(meshes[layout], objective, params, rows, **cuts))
+        keep("h_dpo", layout, preferred(meshes[layout], params, rows, 1 if layout == "1x1x1" else 2))
     spec = make_spec(POLICY, objective, OPTIMIZER, reference=True, num_epochs=2)
     keep("rloo", "pmap", (by_pmap(spec, new_state(objective, params), rows),))
     keep("rloo", "shard_map", (by_shard_map(spec, new_state(objective, params), rows),))
