@@ -103,3 +103,4 @@ from jentropy.theory.law import fit_law as fit_law
 from jentropy.theory.law import fit_run as fit_run
 from jentropy.theory.law import forecast as forecast
 from jentropy.theory.sizes import fit_sizes as fit_sizes
+from jentropy.train.preference_stage import Prefer as Prefer
