@@ -190,7 +190,7 @@ def test_a_config_of_another_task_is_not_compared(tmp_path):
     found = ablation.study("shift", 2, options)
     assert list(found.tasks) == ["GRPO", "RLOO"]
     assert found.notes.endswith("as their task, warm start or evaluation is another one: `shift_gdpo.py`.")
-    assert len(found.tasks["RLOO"]) == 4
+    assert len(found.tasks["RLOO"]) == 2
 
 
 def tasks_of(*names):
