@@ -82,7 +82,7 @@ def _logits(params, tokens):
     return jnp.einsum("btd,vd->btv", POLICY.hidden(params, tokens)[:, :-1], POLICY.unembed(params))
 
 
-@pytest.mark.parametrize("cuts", [(), SEVERAL, IN_PARTS])
+@pytest.mark.parametrize("cuts", [pytest.param((), marks=pytest.mark.slow), SEVERAL, IN_PARTS])
 def test_measured_change_and_lemma_1_are_those_of_plain_logits(cuts):
     after, metrics = stepped(cuts)
     mask = np.asarray(rollouts().loss_mask[:, 1:])
@@ -129,8 +129,7 @@ def _recurrent() -> Policy:
     return POLICY._replace(hidden=hidden, unembed=lambda params: params["head"])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize(("seed", "num_microbatches"), [(0, 1), (1, 2)])
 def test_first_order_is_a_finite_difference(seed, num_microbatches):
     with jax.enable_x64(True):
         policy, batch = _recurrent(), rollouts(seed)

@@ -32,16 +32,19 @@ def check(runs, name, trial, number, **settings):
     assert len(figures) == number and not any(map(math.isnan, figures)), figures
 
 
-@pytest.mark.parametrize(("torn", "number"), [(False, 2), (True, 1)])
+@pytest.mark.parametrize(("torn", "number"), [(False, 2), pytest.param(True, 1, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bytes(runs, torn, number):
-    """Six kills and six resumes: each run is killed twice."""
+    """Each run is killed twice, and resumed."""
     check(runs, f"kill-{torn}", faults.killed, number, kills=2, torn=torn)
 
 
-def test_a_signal_commits_a_checkpoint(runs):
+SIGNALS = [("update", "save"), pytest.param(("compile", "sample"), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("during", SIGNALS, ids=" ".join)
+def test_a_signal_commits_a_checkpoint(runs, during):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        faults_ = ("compile", "sample", "update", "save")
-        list(pool.map(lambda fault: check(runs, f"term-{fault}", faults.terminated, 1, fault=fault), faults_))
+        list(pool.map(lambda fault: check(runs, f"term-{fault}", faults.terminated, 1, fault=fault), during))
 
 
 def test_of_two_starts_one_survives(runs):

@@ -144,6 +144,7 @@ def test_what_the_loss_covers(prefix, inducer):
     assert rows.group.tolist() == [0, 0, 0] and rows.row_data["exit_order"].tolist() == [2, 0, 1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     lines = read_metrics(check_resume(config(), tmp_path) / "metrics.jsonl")
     lines = [line for line in lines if "s_grpo/decayed_reward/mean" in line]

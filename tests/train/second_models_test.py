@@ -54,11 +54,11 @@ def test_a_value_knows_the_tokens_before_it_and_no_other(tokens):
     params = POLICY.init(jax.random.key(0))
     learner = Critic().make(POLICY)
     state = learner.init(jax.random.key(0), params)
-    model = learner.annotate.value
+    model, hidden = jax.jit(learner.annotate.value.__call__), jax.jit(POLICY.hidden)
     assert not np.asarray(model(state.params, tokens)).any(), "the head begins with zeros"
     state = state._replace(params=state.params | {"head": jnp.ones(16)})
     value = np.asarray(model(state.params, tokens))
-    np.testing.assert_allclose(value[:, 1:], np.asarray(POLICY.hidden(params, tokens)).sum(-1)[:, :-1], rtol=1e-5)
+    np.testing.assert_allclose(value[:, 1:], np.asarray(hidden(params, tokens)).sum(-1)[:, :-1], rtol=1e-5)
     changed = np.asarray(model(state.params, tokens.at[:, 4].add(1) % 16))
     np.testing.assert_array_equal(changed[:, :5], value[:, :5])
     assert (changed[:, 5] != value[:, 5]).all() and not value[:, 0].any()

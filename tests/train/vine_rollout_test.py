@@ -152,6 +152,7 @@ def test_values_are_in_units_of_the_estimators_total_reward():
     assert total_weights(objective(reward_weights=(2.0, 0.0)), (1.0, 0.5), 2).tolist() == [2, 0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     config = forked(fdl.Config(Vine, num_rollouts=2, batch=4), fdl.Config(vine))
     lines = read_metrics(check_resume(config, tmp_path) / "metrics.jsonl")
