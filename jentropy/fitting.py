@@ -39,12 +39,12 @@ class Passes:
     Attributes:
       num_epochs: passes over the rows, at least 1.
       num_minibatches: optimizer updates of a pass, at least 1.
-      num_micro_batches: pieces of a mini-batch whose gradients are summed, at least 1: for memory, changes no result.
+      num_microbatches: pieces of a mini-batch whose gradients are summed, at least 1: for memory, changes no result.
     """
 
     num_epochs: int = 1
     num_minibatches: int = 1
-    num_micro_batches: int = 1
+    num_microbatches: int = 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -170,12 +170,12 @@ def fit(
     used = used_tokens(rollouts)
     rollouts = rollouts.replace(loss_mask=used)
     keys = jax.random.split(key, passes.num_epochs)
-    rows, num, multiple = jnp.any(used, axis=1), passes.num_minibatches, passes.num_micro_batches
+    rows, num, multiple = jnp.any(used, axis=1), passes.num_minibatches, passes.num_microbatches
     index = jax.vmap(lambda key: minibatches(key, rollouts.row_id, rows, num, multiple))(keys)
 
     def update(now: Fitted, index: Array) -> tuple[Fitted, Metrics]:
         rows = _take(rollouts, index)
-        (value, metrics), gradient = _gradient(loss, now.params, rows, weigh(rows), passes.num_micro_batches)
+        (value, metrics), gradient = _gradient(loss, now.params, rows, weigh(rows), passes.num_microbatches)
         norm, some = _norm(gradient), jnp.any(rows.loss_mask)
         ok = some & jnp.isfinite(value) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):

@@ -164,7 +164,7 @@ def test_missing_data():
         fitting.needed({"b": jnp.asarray(X), "a": jnp.asarray(X)}, "value", "the critic")
 
 
-@pytest.mark.parametrize("name", ["num_epochs", "num_minibatches", "num_micro_batches"])
+@pytest.mark.parametrize("name", ["num_epochs", "num_minibatches", "num_microbatches"])
 @pytest.mark.parametrize("value", [0, 1.5])
 def test_refusals(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {value}"):

@@ -109,7 +109,7 @@ def critic(
     normaliser: Normaliser = token_mean,
     num_epochs: int = 1,
     num_minibatches: int = 1,
-    num_micro_batches: int = 1,
+    num_microbatches: int = 1,
 ) -> Learner:
     """A value function with its own parameters and optimizer.
 
@@ -131,7 +131,7 @@ def critic(
       normaliser: gives w, on the response tokens of valid rows.
       num_epochs: passes over a rollout. verl: `critic.ppo_epochs`.
       num_minibatches: updates of a pass.
-      num_micro_batches: pieces whose gradients are summed, and pieces of `annotate`: for memory only.
+      num_microbatches: pieces whose gradients are summed, and pieces of `annotate`: for memory only.
 
     Raises:
       ValueError: a value is out of range or, when traced, `value` or `return` is missing.
@@ -144,10 +144,10 @@ def critic(
     Array([0.], dtype=float32)
     """
     require(cliprange_value > 0.0, "cliprange_value", cliprange_value, "above 0")
-    passes = fitting.Passes(num_epochs, num_minibatches, num_micro_batches)
+    passes = fitting.Passes(num_epochs, num_minibatches, num_microbatches)
 
     return Learner(
         init=_Init(init, optimizer, cliprange_value),
-        annotate=_Annotate(value, num_micro_batches),
+        annotate=_Annotate(value, num_microbatches),
         update=_Update(value, optimizer, normaliser, passes),
     )

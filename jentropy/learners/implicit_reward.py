@@ -172,7 +172,7 @@ def implicit_reward(
     reward_column: int | None = 0,
     num_epochs: int = 1,
     num_minibatches: int = 1,
-    num_micro_batches: int = 1,
+    num_microbatches: int = 1,
 ) -> Learner:
     """A process reward model that learns from outcomes alone.
 
@@ -200,7 +200,7 @@ def implicit_reward(
       reward_column: the column of the rewards that is the accuracy, in [0, 1]; None: `row_data["accuracy"]` `[B]`.
       num_epochs: passes over a rollout.
       num_minibatches: updates of a pass.
-      num_micro_batches: pieces whose gradients are summed, and pieces of `annotate`: for memory only.
+      num_microbatches: pieces whose gradients are summed, and pieces of `annotate`: for memory only.
 
     Raises:
       ValueError: a value is out of range or unknown or, when traced, the column or `accuracy` is missing.
@@ -216,8 +216,8 @@ def implicit_reward(
     require(0.0 < beta < float("inf"), "beta", beta, "finite and above 0")
     require(reference in ("initial", "policy"), "reference", reference, "initial or policy")
     require(reward_column is None or reward_column >= 0, "reward_column", reward_column, "None or at least 0")
-    passes = fitting.Passes(num_epochs, num_minibatches, num_micro_batches)
-    model = _Model(log_prob, reference, num_micro_batches)
+    passes = fitting.Passes(num_epochs, num_minibatches, num_microbatches)
+    model = _Model(log_prob, reference, num_microbatches)
     return Learner(
         init=_Init(init, reference, optimizer, beta),
         annotate=_Annotate(model),

@@ -77,6 +77,18 @@ def _layout(prompts: Array, length: Array, drawn: _Draw, num_tokens: Array, pad_
     return found._replace(token=token, log_prob=log_prob, entropy=entropy), in_response
 
 
+def _samples(prompts: Array, length: Array, end: _Loop, eos_id: int, pad_id: int, temperature: Array) -> Samples:
+    """What the loop has drawn after the prompts `[B, P]` of its rows."""
+    found, mask = _layout(prompts, length, end.drawn, end.num_tokens, pad_id)
+    if found.temperature is not None:
+        found = found._replace(temperature=jnp.where(mask, found.temperature, temperature))
+    last_token = jnp.take_along_axis(end.drawn.token, end.num_tokens[None, :] - 1, axis=0)[0]
+    return Samples(
+        found.token, found.log_prob, found.entropy, mask, num_tokens=end.num_tokens, truncated=last_token != eos_id,
+        temperature=found.temperature,
+    )  # fmt: skip
+
+
 def _choose(logits: Array, noise: Array | None, temperature: Array, sampler: Sampler, state: State) -> _Draw:
     """One token per row from logits `[B, V]`, -inf where barred; without Gumbel noise `[B, V]` the most probable."""
     own = None if sampler.temperature is None else sampler.temperature(logits, state, temperature)
@@ -148,7 +160,7 @@ def sample(
     row_key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_id)
     limit = None if budget is None else _repeat(budget, num_generations, 0)
 
-    def ends(token: Array, num_tokens: Array) -> Array:
+    def ends(token: Array, num_tokens: Array | int) -> Array:
         return (token == eos_id) | (False if limit is None else num_tokens >= limit)
 
     def draw(hidden: Array, step: Array) -> _Draw:
@@ -171,13 +183,6 @@ def sample(
     row_length = _repeat(length, num_generations, 0)
     first = draw(_repeat(last, num_generations, 0), jnp.int32(0))
     drawn = jax.tree.map(lambda x: jnp.pad(x[None], ((0, max_new_tokens - 1), (0, 0))), first)
-    start = _Loop(jnp.int32(1), ends(first.token, one := jnp.ones_like(row_length)), one, drawn, cache)
+    start = _Loop(jnp.int32(1), ends(first.token, 1), jnp.ones_like(row_length), drawn, cache)
     end = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~jnp.all(s.ended), advance, start)
-    found, mask = _layout(_repeat(prompts, num_generations, 0), row_length, end.drawn, end.num_tokens, pad_id)
-    if found.temperature is not None:
-        found = found._replace(temperature=jnp.where(mask, found.temperature, temperature))
-    last_token = jnp.take_along_axis(end.drawn.token, end.num_tokens[None, :] - 1, axis=0)[0]
-    return Samples(
-        found.token, found.log_prob, found.entropy, mask, num_tokens=end.num_tokens, truncated=last_token != eos_id,
-        temperature=found.temperature,
-    )  # fmt: skip
+    return _samples(_repeat(prompts, num_generations, 0), row_length, end, eos_id, pad_id, temperature)

@@ -73,14 +73,14 @@ class Critic:
       optimizer: its optimizer.
       cliprange_value: how far a value may move in the updates of one rollout, above 0.
       num_epochs, num_minibatches: updates per rollout are their product.
-      num_micro_batches: pieces of an update, for memory.
+      num_microbatches: pieces of an update, for memory.
     """
 
     optimizer: AdamW = dataclasses.field(default_factory=AdamW)
     cliprange_value: float = 0.5
     num_epochs: int = 2
     num_minibatches: int = 2
-    num_micro_batches: int = 1
+    num_microbatches: int = 1
 
     provides: ClassVar[tuple[str, ...]] = ("value",)
 
@@ -89,7 +89,7 @@ class Critic:
         model = _Value(policy)
         return critic(
             init=model.init, value=model, optimizer=_Optimizer(self.optimizer), cliprange_value=self.cliprange_value,
-            num_epochs=self.num_epochs, num_minibatches=self.num_minibatches, num_micro_batches=self.num_micro_batches,
+            num_epochs=self.num_epochs, num_minibatches=self.num_minibatches, num_microbatches=self.num_microbatches,
         )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ class ImplicitReward:
       reward_column: of the accuracy.
       update_first: rewards are those of the model after its update on the rollout, verl's default, not before it.
       num_epochs, num_minibatches: updates per rollout are their product.
-      num_micro_batches: pieces of an update, for memory.
+      num_microbatches: pieces of an update, for memory.
     """
 
     optimizer: AdamW = dataclasses.field(default_factory=AdamW)
@@ -114,7 +114,7 @@ class ImplicitReward:
     update_first: bool = False
     num_epochs: int = 1
     num_minibatches: int = 1
-    num_micro_batches: int = 1
+    num_microbatches: int = 1
 
     provides: ClassVar[tuple[str, ...]] = ("implicit_reward",)
 
@@ -124,7 +124,7 @@ class ImplicitReward:
         learner = implicit_reward(
             init=model.init, log_prob=model, optimizer=_Optimizer(self.optimizer), beta=self.beta,
             reference=self.reference, reward_column=self.reward_column, num_epochs=self.num_epochs,
-            num_minibatches=self.num_minibatches, num_micro_batches=self.num_micro_batches,
+            num_minibatches=self.num_minibatches, num_microbatches=self.num_microbatches,
         )  # fmt: skip
         return learner._replace(update_first=self.update_first)
 

@@ -79,7 +79,7 @@ def test_annotation():
     state = learner.init(jax.random.key(0), None)
     found = learner.annotate(state, rows())["value"]
     np.testing.assert_array_equal(found, np.where(MASK, np.asarray(state.params["w"])[previous()], 0.0))
-    pieces = make(num_micro_batches=3).annotate(state, rows())["value"]
+    pieces = make(num_microbatches=3).annotate(state, rows())["value"]
     np.testing.assert_array_equal(pieces, found)
     assert found.dtype == np.float32
 
@@ -142,7 +142,7 @@ def test_micro_batches_change_nothing():
     state = make().init(jax.random.key(0), None)
     batch = annotated(make(), state)
     found, wanted = (
-        jitted(make(num_minibatches=2, num_micro_batches=num).update)(state, batch, jax.random.key(1)) for num in (2, 1)
+        jitted(make(num_minibatches=2, num_microbatches=num).update)(state, batch, jax.random.key(1)) for num in (2, 1)
     )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, wanted)
 

@@ -71,7 +71,7 @@ def test_annotation():
     found = learner.annotate(state, rows())["implicit_reward"]
     ratio = log_softmax(state.params["w"]) - log_softmax(state.reference["w"])
     np.testing.assert_allclose(found, np.where(MASK, ratio[TOKENS], 0.0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(make(num_micro_batches=4).annotate(state, rows())["implicit_reward"], found)
+    np.testing.assert_array_equal(make(num_microbatches=4).annotate(state, rows())["implicit_reward"], found)
 
 
 def test_the_policy_as_reference():
@@ -155,8 +155,7 @@ def test_accuracies_outside_the_unit_interval_stop_a_run():
 def test_micro_batches_change_nothing():
     state = moved(make())
     found, wanted = (
-        jitted(make(num_minibatches=2, num_micro_batches=num).update)(state, rows(), jax.random.key(1))
-        for num in (3, 1)
+        jitted(make(num_minibatches=2, num_microbatches=num).update)(state, rows(), jax.random.key(1)) for num in (3, 1)
     )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, wanted)
 
